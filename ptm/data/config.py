@@ -1,4 +1,4 @@
-"""The `data` section of a recipe: which text, which tokenizer, what is held out, what to do with bad rows.
+"""The `data` section of a recipe: which text and tokenizer, what is held out, what of bad rows.
 
 Used by ptm/data/prepare.py (once per corpus), ptm/data/loader.py (every step) and the verb `data`.
 The order of the data is not set here: it is a pure function of `train.seed` and the step.
@@ -22,25 +22,26 @@ class BadRows(Choice):
 @config
 class DataConfig:
     source: tuple[str, ...] = (PYTHON_STDLIB,)
-    """Where the text is: a folder, a glob or a file of .txt (one document a file), .jsonl, .jsonl.gz, .jsonl.zst or
-    .parquet; several are separated by commas. `python_stdlib` is the source code of this interpreter's standard
-    library, real text that is present on every machine."""
+    """Where the text is: a folder, a glob or a file of .txt (one document a file), .jsonl,
+    .jsonl.gz, .jsonl.zst or .parquet; several are separated by commas. `python_stdlib` is the
+    source code of this interpreter's standard library, real text that is present on every
+    machine."""
     weights: tuple[float, ...] = ranged((), above=0.0)
-    """Share of training rows each source gives, one number per source in the same order; they need not sum to 1.
-    Empty: in proportion to the tokens of each source."""
+    """Share of training rows each source gives, one number per source in the same order; they
+    need not sum to 1. Empty: all sources are one pool, each document once an epoch."""
     tokenizer: str | None = None
-    """A tokenizer.json, a sentencepiece *.model, or a folder that holds one. None: a byte-level BPE with
-    `model.vocab_size` entries is trained on the training documents and cached."""
+    """A tokenizer.json, a sentencepiece *.model, or a folder that holds one. None: a byte-level
+    BPE with `model.vocab_size` entries is trained on the training documents and cached."""
     text_key: str = "text"
     """Key (.jsonl) or column (.parquet) that holds the text."""
     eval_fraction: float = ranged(0.02, above=0.0, most=0.5)
-    """Share of documents held out for evaluation, chosen by a hash of their text: the same text is always on the same
-    side, whatever the order or names of the files."""
+    """Share of documents held out for evaluation, chosen by a hash of their text: the same text
+    is always on the same side, whatever the order or names of the files."""
     cache_dir: str | None = None
     """Folder for tokenized data. None: PTM_CACHE, else ~/.cache/ptm."""
     bad_rows: BadRows = BadRows.skip
-    """`skip` leaves out rows that are not usable text and counts them, up to `max_bad_fraction`; `fail` stops at the
-    first one."""
+    """`skip` leaves out rows that are not usable text and counts them, up to
+    `max_bad_fraction`; `fail` stops at the first one."""
     max_bad_fraction: float = ranged(0.01, least=0.0, most=1.0)
     """Largest share of bad rows in a source that `bad_rows=skip` accepts."""
     workers: int = ranged(0, least=0, most=256)
