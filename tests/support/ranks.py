@@ -1,12 +1,12 @@
 """Run a function on n ranks: n processes on this machine joined by gloo.
 
-    def job(rank: int, world: int, folder: str) -> float: ...      # at the top of a module, so that it can be imported
-    results = run_ranks(2, job, "/some/folder")                    # [rank 0's result, rank 1's]
+    def job(rank: int, world: int, folder: str) -> float: ...   # top of a module: importable
+    results = run_ranks(2, job, "/some/folder")                 # [rank 0's result, rank 1's]
 
-Ranks are forked from a server that has imported torch once, so a world starts in a fraction of a second. Each has a
-default process group (set `process_group=False` for a job that makes its own, or dies on purpose). A rank that fails
-ends the others after a short grace, and the traceback of every failed one is raised; a rank that hangs prints its
-stacks and is ended at the timeout.
+Ranks are forked from a server that has imported torch once, so a world starts in a fraction of a
+second. Each has a default process group (set `process_group=False` for a job that makes its own,
+or dies on purpose). A rank that fails ends the others after a short grace, and the traceback of
+every failed one is raised; a rank that hangs prints its stacks and is ended at the timeout.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class RankFailed(AssertionError):
 def run_ranks(
     n: int, fn: Callable[..., Any], *args: Any, timeout_s: float = 120.0, process_group: bool = True
 ) -> list[Any]:
-    """Call fn(rank, n, *args) on n ranks and return their results in order; args and results must pickle."""
+    """Call fn(rank, n, *args) on n ranks, return results in order. Arguments must pickle."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch.distributed.tensor", "torch.distributed.checkpoint"])
     with tempfile.TemporaryDirectory(prefix="ptm-ranks-") as folder:
