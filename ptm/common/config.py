@@ -5,9 +5,10 @@
         lr: float = ranged(3e-4, above=0.0, most=1.0)
         "Peak learning rate."
 
-`config` is a frozen, slotted, keyword-only dataclass whose ranges are checked whenever one is made, from a recipe or
-from code, and whose floats are always finite. The string under a field is its documentation: `--help`, the docs page
-and the tests read it with `settings()`. Parsing words and YAML files into these classes is ptm/recipe.py's work.
+`config` is a frozen, slotted, keyword-only dataclass whose ranges are checked whenever one is made,
+from a recipe or from code, and whose floats are always finite. The string under a field is its
+documentation: `--help`, the docs page and the tests read it with `settings()`. Parsing words and
+YAML files into these classes is the work of ptm/common/parse.py.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ T = TypeVar("T")
 
 
 class Choice(str, Enum):
-    """Base of all enums in recipes; member names equal their values, so YAML and code read alike."""
+    """Base of all enums in recipes; member names equal their values."""
 
     def __str__(self) -> str:
         return str(self.value)
@@ -55,7 +56,9 @@ class Range(NamedTuple):
     def __str__(self) -> str:
         words = [
             f"{sign} {bound:g}" if isinstance(bound, float) else f"{sign} {bound}"
-            for sign, bound in ((">=", self.least), (">", self.above), ("<=", self.most), ("<", self.below))
+            for sign, bound in zip(
+                (">=", ">", "<=", "<"), (self.least, self.above, self.most, self.below)
+            )
             if bound is not None
         ]
         return " and ".join(words)
@@ -83,9 +86,12 @@ def ranged(
     return dataclasses.field(default=default, metadata={"range": Range(least, above, most, below)})
 
 
-@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(ranged, dataclasses.field))
+_SPECIFIERS = (ranged, dataclasses.field)
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=_SPECIFIERS)
 def config(cls: type[T]) -> type[T]:
-    """Make `cls` a frozen dataclass that checks its ranges in `__post_init__`, before its own `check()` if it has one."""
+    """Make `cls` a frozen dataclass that checks its ranges, then calls its own `check()` if any."""
 
     def __post_init__(self: Any) -> None:
         for f in dataclasses.fields(self):
@@ -101,13 +107,15 @@ def config(cls: type[T]) -> type[T]:
 
 
 def check_number(key: str, value: Any, bounds: Range | None) -> None:
-    """Raise RecipeError unless `value` is finite and within `bounds`; anything that is not a number passes."""
+    """Raise RecipeError unless `value` is finite and within `bounds`; what is no number passes."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return
     if not math.isfinite(value):
-        raise RecipeError(line(key, value, "must be a finite number", f"give {bounds or 'a number'}"))
+        remedy = f"give {bounds or 'a number'}"
+        raise RecipeError(line(key, value, "must be a finite number", remedy))
     if bounds is not None and not bounds.admits(value):
-        raise RecipeError(line(key, value, f"must be {bounds}", "change it, or leave it out for the default"))
+        remedy = "change it, or leave it out for the default"
+        raise RecipeError(line(key, value, f"must be {bounds}", remedy))
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
         raise RecipeError(line(key, value, "must fit 64 bits", "give a smaller number"))
 
@@ -122,7 +130,8 @@ def settings(cls: type) -> tuple[Setting, ...]:
         default = f.default
         if f.default_factory is not dataclasses.MISSING:
             default = f.default_factory()
-        found.append(Setting(f.name, types[f.name], default, f.metadata.get("range"), meanings.get(f.name, "")))
+        bounds, meaning = f.metadata.get("range"), meanings.get(f.name, "")
+        found.append(Setting(f.name, types[f.name], default, bounds, meaning))
     return tuple(found)
 
 

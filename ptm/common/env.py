@@ -1,6 +1,7 @@
 """The only reader of os.environ: who this process is, and the few PTM_* switches.
 
-Ranks come from torchrun's variables, or Slurm's where torchrun is absent; a plain process is a world of one.
+Ranks come from torchrun's variables, or Slurm's where torchrun is absent; a plain process is a
+world of one.
 """
 
 from __future__ import annotations
@@ -28,7 +29,12 @@ def ranks() -> Ranks:
 
 
 _TORCHRUN = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1"))
-_SLURM = (("SLURM_PROCID", "0"), ("SLURM_NTASKS", "1"), ("SLURM_LOCALID", "0"), ("SLURM_NTASKS_PER_NODE", "1"))
+_SLURM = (
+    ("SLURM_PROCID", "0"),
+    ("SLURM_NTASKS", "1"),
+    ("SLURM_LOCALID", "0"),
+    ("SLURM_NTASKS_PER_NODE", "1"),
+)
 
 
 def under_torchrun() -> bool:
@@ -36,7 +42,8 @@ def under_torchrun() -> bool:
 
 
 def cache_dir() -> Path:
-    """Where prepared data lives when the recipe does not say: PTM_CACHE, else the user's cache folder."""
+    """Where prepared data lives when the recipe does not say: PTM_CACHE, else the user's cache
+    folder."""
     if "PTM_CACHE" in os.environ:
         return Path(os.environ["PTM_CACHE"])
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ptm"
@@ -60,8 +67,16 @@ def set_default(name: str, value: str) -> None:
 
 
 def recorded() -> dict[str, str]:
-    """The variables that may be written into a run folder: an allow-list, so no secret is ever among them."""
-    names = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "WORLD_SIZE")
+    """What may be written into a run folder: an allow-list, so no secret is ever among them."""
+    names = (
+        "OMP_NUM_THREADS",
+        "CUDA_VISIBLE_DEVICES",
+        "GLOO_SOCKET_IFNAME",
+        "NCCL_SOCKET_IFNAME",
+        "WORLD_SIZE",
+    )
     return {
-        k: v for k, v in os.environ.items() if k in names or (k.startswith("PTM_") and "KEY" not in k)
+        k: v
+        for k, v in os.environ.items()
+        if k in names or (k.startswith("PTM_") and "KEY" not in k)
     }

@@ -1,10 +1,12 @@
 """What can go wrong, in the words of the person who has to mend it.
 
-Every error a user can cause carries one line `key=value: rule; remedy`, and the exit code a scheduler can act on
-(sysexits where one fits). Mistakes that only ptm's own code can make are `assert`s.
+Every error a user can cause carries one line `key=value: rule; remedy`, and the exit code a
+scheduler can act on (sysexits where one fits). Mistakes that only ptm's own code can make are
+`assert`s.
 
-    2 recipe or usage          4 bad or untrusted data or checkpoint   71 out of memory   75 saved, requeue me
-    3 does not fit             70 internal error or hang               74 disk            76 diverged
+    2 recipe or usage     4 bad or untrusted data or checkpoint    71 out of memory
+    3 does not fit       70 internal error or hang                 74 disk
+                         75 saved, requeue me                      76 diverged
 """
 
 from __future__ import annotations
@@ -77,7 +79,7 @@ class DivergedError(PtmError, ArithmeticError):
 
 
 def line(key: str, value: Any, rule: str, remedy: str) -> str:
-    """The house's one-line message: `key=value: rule; remedy`, with long values cut at 80 characters."""
+    """The house's one-line message, `key=value: rule; remedy`; long values are cut at 80."""
     shown = str(value)
     if len(shown) > 80:
         shown = shown[:77] + "..."

@@ -35,7 +35,8 @@ class TrainConfig:
     seq_len: int = ranged(4096, least=2, most=2**20)
     "Tokens in a row."
     batch_tokens: int = ranged(1536 * 4096, least=2)
-    "Tokens in a step, over all ranks; a multiple of seq_len. The number of micro-batches follows from it."
+    """Tokens in a step, over all ranks; a multiple of seq_len. The number of micro-batches follows
+    from it."""
     micro_batch_size: int = ranged(2, least=1, most=65_536)
     "Rows in one forward and backward on one rank: lower it to save memory, nothing else changes."
     seed: int = ranged(1234, least=0, most=2**31 - 1)
@@ -43,10 +44,13 @@ class TrainConfig:
     clip: float = ranged(1.0, least=0.0)
     "Largest gradient norm; 0 does not clip."
     precision: Precision = Precision.bf16
-    "Format of weights and activations in forward and backward; masters and optimizer states are always fp32."
+    """Format of weights and activations in forward and backward; masters and optimizer states are
+    always fp32."""
     recompute: Recompute = Recompute.none
     "Activation checkpointing: keep everything, or only the input of each block."
     max_skipped: int = ranged(10, least=0)
-    "Steps in a row that may be skipped for a non-finite gradient before the run stops with code 76."
+    """Steps in a row that may be skipped for a non-finite gradient before the run stops with code
+    76."""
     init_from: str | None = None
-    "Folder of a published model or a checkpoint to take the first weights from; none starts from random ones."
+    """Folder of a published model or a checkpoint to take the first weights from; none starts from
+    random ones."""

@@ -1,0 +1,41 @@
+# Two commands for people: `make train` runs the main job on real text, `make test` the tests.
+# Each does all its set-up in .venv the first time and starts at once afterwards.
+
+PYTHON ?= python3
+VENV   ?= .venv
+RANKS  ?= 2
+READY  := $(VENV)/.installed
+BIN    := $(VENV)/bin
+# deepspeed must not build its ops: not at installation, not at start-up.
+export DS_BUILD_OPS = 0
+export DS_ACCELERATOR = cpu
+
+.PHONY: train test test-slow lint bench plan clean
+
+train: $(READY)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/torchrun --nproc-per-node $(RANKS) launch/train.py recipe=m32 $(ARGS)
+
+test: $(READY)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/pytest -m "not slow" $(ARGS)
+
+test-slow: $(READY)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/pytest -m slow --timeout 1200 $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
+
+plan: $(READY)
+	$(BIN)/ptm plan recipe=m32 $(ARGS)
+
+bench: $(READY)
+	$(BIN)/ptm bench router $(ARGS)
+
+# torch comes first and pinned: a bare `torch` pulls gigabytes of CUDA on a machine that has none.
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,163 @@
+"""The loop. Every training mode runs through it; what differs is passed in.
+
+It saves and evaluates through callables (jobs are strangers to each other), stops only at step
+boundaries that all ranks agree on, and leaves by an exception that carries the exit code: Requeue
+(75) after a signal, DivergedError (76) after too many skipped steps in a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from ptm.common.device import memory_bytes, sync
+from ptm.common.errors import DivergedError, Requeue, line
+from ptm.mesh.mesh import Mesh
+from ptm.optim.schedule import learning_rate
+from ptm.trainer.clock import Clock
+from ptm.trainer.config import Schedule, TrainConfig
+from ptm.trainer.metrics import Metrics, expert_load
+from ptm.trainer.objectives import Objective
+from ptm.trainer.signals import StopRequest, stop_requests
+from ptm.trainer.state import TrainState, seed_step
+from ptm.trainer.step import Engine, Outcome, train_step
+
+
+class Batches(Protocol):
+    """This rank's micro-batches of one step: a pure function of the step."""
+
+    def micro_batches(self, step: int) -> Sequence[Any]: ...
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything the loop needs, wired by ptm/build.py."""
+
+    train: TrainConfig
+    mesh: Mesh
+    engine: Engine
+    objective: Objective
+    batches: Batches
+    state: TrainState
+    metrics: Metrics
+    flops_per_token: float
+    peak_flops: float
+    save_every: int
+    evaluate_every: int
+    save: Callable[..., None]
+    """save(state, is_best=, block=)"""
+    evaluate: Callable[[], dict[str, float]]
+
+
+def fit(run: Run) -> None:
+    """Train to the last step. Raises Requeue or DivergedError after saving."""
+    state, clock = run.state, Clock()
+    with stop_requests() as stop:
+        while state.step < run.train.steps:
+            seed_step(run.train.seed, state.step, run.mesh.rank)
+            with clock.span("data"):
+                batches = run.batches.micro_batches(state.step)
+            lr = rate(run.train, state.step)
+            waited_s = run.mesh.ledger.seconds
+            outcome = train_step(
+                run.engine,
+                run.objective,
+                batches,
+                lr=lr,
+                flags=[float(bool(stop))],
+                device=run.mesh.device,
+            )
+            sync(run.mesh.device)
+            _advance(state, outcome, run.engine.updates)
+            values = _values(run, outcome, lr, clock, run.mesh.ledger.seconds - waited_s)
+            is_last = state.step == run.train.steps
+            is_best = False
+            if due(state.step, run.evaluate_every) or is_last:
+                values |= run.evaluate()
+                is_best = _note_best(state, values)
+                clock.take()
+            run.metrics.log(state.step, values)
+            if outcome.is_skipped:
+                _skip(run, outcome)
+            _stop_if_asked(run, outcome, stop)
+            if due(state.step, run.save_every) or is_last or is_best:
+                run.save(state, is_best=is_best, block=is_last)
+
+
+def due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def rate(train: TrainConfig, step: int) -> float:
+    """Learning rate of step `step` (0 is the first) by the `train` section."""
+    return learning_rate(
+        step,
+        steps=train.steps,
+        peak=train.lr,
+        floor=train.lr * train.min_lr,
+        warmup_steps=train.warmup_steps,
+        is_cosine=train.schedule is Schedule.cosine,
+    )
+
+
+def _advance(state: TrainState, outcome: Outcome, updates: int) -> None:
+    state.step += 1
+    state.updates = updates
+    state.tokens += outcome.tokens
+    state.skipped += outcome.is_skipped
+    state.skipped_in_a_row = state.skipped_in_a_row + 1 if outcome.is_skipped else 0
+
+
+def _note_best(state: TrainState, values: dict[str, Any]) -> bool:
+    found = values["eval_bits_per_byte"]
+    if state.best_bits_per_byte is None or found < state.best_bits_per_byte:
+        state.best_bits_per_byte = found
+        return True
+    return False
+
+
+def _values(
+    run: Run, outcome: Outcome, lr: float, clock: Clock, communication_s: float
+) -> dict[str, Any]:
+    step_s, spans = clock.take()
+    data_s = spans.get("data", 0.0)
+    tokens_per_s = outcome.tokens / step_s
+    counts_LE = run.engine.model.take_expert_counts()  # type: ignore[operator]
+    return {
+        "loss": outcome.loss,
+        "tokens": run.state.tokens,
+        "tokens_per_s": tokens_per_s,
+        "lr": lr,
+        "grad_norm": outcome.grad_norm,
+        "mfu": tokens_per_s * run.flops_per_token / (run.peak_flops * run.mesh.world),
+        "memory_bytes": memory_bytes(run.mesh.device),
+        "step_s": step_s,
+        "data_s": data_s,
+        "communication_s": communication_s,
+        "compute_s": max(0.0, step_s - data_s - communication_s),
+        "skipped": run.state.skipped,
+        "expert_load": expert_load(run.mesh.sum_counts(counts_LE)),
+    }
+
+
+def _skip(run: Run, outcome: Outcome) -> None:
+    state = run.state
+    run.metrics.event("skip", step=state.step, where=outcome.where, in_a_row=state.skipped_in_a_row)
+    if state.skipped_in_a_row > run.train.max_skipped:
+        run.save(state, is_best=False, block=True)
+        rule = (
+            f"{state.skipped_in_a_row} steps in a row had a non-finite gradient, "
+            f"up to step {state.step}, in {outcome.where}"
+        )
+        remedy = "lower train.lr, look at the data of these steps, or raise train.max_skipped"
+        raise DivergedError(line("train.max_skipped", run.train.max_skipped, rule, remedy))
+
+
+def _stop_if_asked(run: Run, outcome: Outcome, stop: StopRequest) -> None:
+    if outcome.flags[0] and run.state.step < run.train.steps:
+        run.metrics.event(
+            "stop", step=run.state.step, signal=stop.signal_name or "from another rank"
+        )
+        run.save(run.state, is_best=False, block=True)
+        raise Requeue(f"saved after step {run.state.step}; the same command goes on from there")

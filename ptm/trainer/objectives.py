@@ -1,0 +1,38 @@
+"""What a training mode minimises: a function of (model, batch) that returns a sum over tokens and
+their number.
+
+Sums, not means: the engine divides once by the tokens of the whole step, so no micro-batch or rank
+weighs more than its tokens (trl#6085, transformers#34191 are what happens otherwise).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import Enum
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+
+class Loss(Protocol):
+    """nll_sum: scalar fp32 with a graph; tokens: scalar int64, how many it sums over."""
+
+    @property
+    def nll_sum(self) -> Tensor: ...
+    @property
+    def tokens(self) -> Tensor: ...
+
+
+Objective = Callable[[nn.Module, Any], Loss]
+
+
+class ObjectiveKind(str, Enum):
+    pretrain = "pretrain"
+
+
+def pretrain(model: nn.Module, batch: Any) -> Loss:
+    """Negative log-likelihood of every label that the batch does not mask."""
+    return model.loss(batch)  # type: ignore[operator]
+
+
+OBJECTIVES: dict[ObjectiveKind, Objective] = {ObjectiveKind.pretrain: pretrain}

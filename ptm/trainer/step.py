@@ -1,0 +1,84 @@
+"""One optimizer step: micro-batches forward and backward, then the engine's reduce, clip, guard and
+update.
+
+The Engine seam is declared here, where it is consumed; ptm/engine/ and ptm/parallel/ implement it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ptm.trainer.objectives import Objective
+
+
+class Outcome(Protocol):
+    """What `Engine.step` came to, equal on every rank. `flags` are the given ones summed over
+    ranks."""
+
+    @property
+    def loss(self) -> float: ...
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def grad_norm(self) -> float: ...
+    @property
+    def is_skipped(self) -> bool: ...
+    @property
+    def flags(self) -> list[float]: ...
+    @property
+    def where(self) -> str: ...
+
+
+class Engine(Protocol):
+    """Owner of weights, gradients and optimizer states of one model over all ranks."""
+
+    model: nn.Module
+    updates: int
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of `loss`, a sum over tokens, to this step's."""
+        ...
+
+    def step(self, *, nll_sum: Tensor, tokens: Tensor, lr: float, flags: list[float]) -> Outcome:
+        """Update the weights with the gradients since the last step, unless one is not finite."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """Live masters and moments by name, as DTensors; written in place by a load, then
+        `publish`."""
+        ...
+
+    def publish(self) -> None:
+        """Make the weights of forward and backward equal to the masters."""
+        ...
+
+    def report(self) -> dict[str, float]:
+        """Bytes sent by kind since the start."""
+        ...
+
+
+def train_step(
+    engine: Engine,
+    objective: Objective,
+    batches: Sequence[Any],
+    *,
+    lr: float,
+    flags: list[float],
+    device: torch.device,
+) -> Outcome:
+    """Run one step over this rank's micro-batches (none is allowed: the rank only takes part in the
+    update)."""
+    nll_sum = torch.zeros((), dtype=torch.float64, device=device)
+    tokens = torch.zeros((), dtype=torch.int64, device=device)
+    engine.model.train()
+    for batch in batches:
+        loss = objective(engine.model, batch)
+        if loss.nll_sum.requires_grad:
+            engine.backward(loss.nll_sum)
+        nll_sum += loss.nll_sum.detach()
+        tokens += loss.tokens
+    return engine.step(nll_sum=nll_sum, tokens=tokens, lr=lr, flags=flags)

@@ -1,0 +1,195 @@
+"""ZeRO-1 against torch's own AdamW on one process: same updates for any number of ranks and micro-
+batches."""
+
+import functools
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from ptm.engine.config import EngineConfig
+from ptm.engine.zero1 import Zero1Engine
+from ptm.mesh.mesh import Mesh, open_mesh
+from ptm.optim.adamw import adamw
+from ptm.optim.config import OptimConfig
+from tests.support.ranks import run_ranks
+
+ROWS, STEPS, LR = 8, 6, 1e-2
+
+
+def toy() -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(6, 7), nn.LayerNorm(7), nn.Linear(7, 3), nn.Linear(3, 1, bias=False)
+    )
+    return model
+
+
+def rows(step: int) -> torch.Tensor:
+    return torch.randn(ROWS, 6, generator=torch.Generator().manual_seed(step))
+
+
+def nll(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return (model(x) ** 2).sum()
+
+
+def engine_of(
+    model: nn.Module, mesh: Mesh, *, clip: float = 1.0, bucket_mib: int = 32
+) -> Zero1Engine:
+    update = functools.partial(adamw, config=OptimConfig())
+    engine = Zero1Engine(
+        model, mesh=mesh, config=EngineConfig(bucket_mib=bucket_mib), update=update, clip=clip
+    )
+    for name, param in model.named_parameters():
+        engine.fill(name, param.detach().clone())
+    engine.publish()
+    return engine
+
+
+def test_a_parameter_smaller_than_the_world_is_whole() -> None:
+    assert sum(run_ranks(3, owned_rows)) == 1
+
+
+def owned_rows(rank: int, world: int) -> int:
+    mesh = open_mesh_in_test(rank, world)
+    engine = engine_of(toy(), mesh)
+    return engine.state()["model.3.weight"].to_local().shape[0]  # type: ignore[attr-defined]
+
+
+def open_mesh_in_test(rank: int, world: int) -> Mesh:
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from ptm.mesh.collectives import Ledger
+
+    dp = DeviceMesh("cpu", torch.arange(world), mesh_dim_names=("dp",))
+    group = dist.group.WORLD
+    assert group is not None
+    return Mesh(rank, world, torch.device("cpu"), dp, group, Ledger())
+
+
+def train(rank: int, world: int, micro: int, clip: float) -> dict:
+    mesh = open_mesh_in_test(rank, world)
+    model = toy()
+    engine = engine_of(model, mesh, clip=clip)
+    outcomes = []
+    for step in range(STEPS):
+        mine = rows(step).tensor_split(world)[rank]
+        total = torch.zeros(())
+        for part in mine.split(micro):
+            loss = nll(model, part)
+            engine.backward(loss)
+            total += loss.detach()
+        outcomes.append(
+            engine.step(nll_sum=total, tokens=torch.tensor(len(mine)), lr=LR, flags=[float(rank)])
+        )
+    ledger = mesh.ledger.entries
+    return {
+        "weights": {k: p.detach().numpy() for k, p in model.named_parameters()},
+        "moments": {k: v.full_tensor().numpy() for k, v in engine.state().items()},  # type: ignore[attr-defined]
+        "norms": [o.grad_norm for o in outcomes],
+        "losses": [o.loss for o in outcomes],
+        "flags": outcomes[-1].flags,
+        "bytes": {k: (e.sent_bytes, e.bound_bytes) for k, e in ledger.items()},
+    }
+
+
+def torch_adamw(clip: float) -> dict:
+    model = toy()
+    groups = [
+        {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.1},
+        {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95), eps=1e-8)
+    norms, losses = [], []
+    for step in range(STEPS):
+        loss = nll(model, rows(step)) / ROWS
+        loss.backward()
+        norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf)))
+        losses.append(float(loss.detach()))
+        optimizer.step()
+        optimizer.zero_grad()
+    return {
+        "weights": {k: p.detach().numpy() for k, p in model.named_parameters()},
+        "norms": norms,
+        "losses": losses,
+    }
+
+
+@pytest.mark.parametrize("clip", [0.5, 0.0], ids=["clipped", "unclipped"])
+@pytest.mark.parametrize(("world", "micro"), [(1, 8), (1, 3), (2, 4), (2, 1), (3, 2), (4, 2)])
+def test_equals_torch_adamw(world: int, micro: int, clip: float) -> None:
+    expected = torch_adamw(clip)
+    for got in run_ranks(world, train, micro, clip):
+        assert got["norms"] == pytest.approx(expected["norms"], rel=1e-5)
+        assert got["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+        for name, weight in expected["weights"].items():
+            np.testing.assert_allclose(got["weights"][name], weight, rtol=1e-5, atol=1e-6)
+            assert np.array_equal(got["weights"][name], got["moments"][f"model.{name}"])
+
+
+def test_ranks_hold_the_same_weights_and_hear_the_same_flags() -> None:
+    first, *others = run_ranks(3, train, 2, 0.5)
+    assert first["flags"] == [3.0]
+    for other in others:
+        assert other["flags"] == first["flags"] and other["norms"] == first["norms"]
+        assert all(np.array_equal(other["weights"][k], v) for k, v in first["weights"].items())
+
+
+def test_wire_bytes_meet_the_bound() -> None:
+    got = run_ranks(2, train, 4, 0.5)[0]["bytes"]
+    assert got["reduce_scatter"][0] == got["reduce_scatter"][1] > 0
+    assert got["all_gather"][0] == got["all_gather"][1] > 0
+
+
+def poisoned(rank: int, world: int, bad_rank: int, what: float) -> tuple:
+    mesh = open_mesh_in_test(rank, world)
+    model = toy()
+    engine = engine_of(model, mesh)
+    before = [p.detach().clone() for p in model.parameters()]
+    states = {k: v.to_local().clone() for k, v in engine.state().items()}  # type: ignore[attr-defined]
+    loss = nll(model, rows(0))
+    engine.backward(loss)
+    if rank == bad_rank:
+        engine.buckets[0].grads_NS[0, 3] = what
+    outcome = engine.step(nll_sum=loss.detach(), tokens=torch.tensor(ROWS), lr=LR, flags=[])
+    same = all(torch.equal(a, b) for a, b in zip(before, model.parameters())) and all(
+        torch.equal(states[k], v.to_local())
+        for k, v in engine.state().items()  # type: ignore[attr-defined]
+    )
+    loss = nll(model, rows(1))
+    engine.backward(loss)
+    after = engine.step(nll_sum=loss.detach(), tokens=torch.tensor(ROWS), lr=LR, flags=[])
+    return outcome.is_skipped, outcome.where, same, engine.updates, after.is_skipped
+
+
+@pytest.mark.parametrize("what", [math.nan, math.inf])
+def test_a_non_finite_gradient_on_one_rank_skips_the_step_on_all(what: float) -> None:
+    for is_skipped, where, same, updates, after in run_ranks(2, poisoned, 1, what):
+        assert is_skipped and same and updates == 1 and not after
+        assert where.startswith("0.weight")
+
+
+def no_tokens(rank: int, world: int) -> tuple:
+    mesh = open_mesh_in_test(rank, world)
+    model = toy()
+    engine = engine_of(model, mesh)
+    outcome = engine.step(nll_sum=torch.zeros(()), tokens=torch.tensor(0), lr=LR, flags=[])
+    return outcome.loss, outcome.grad_norm, outcome.is_skipped
+
+
+def test_a_step_without_tokens_is_zero_not_nan() -> None:
+    assert run_ranks(2, no_tokens) == [(0.0, 0.0, False)] * 2
+
+
+def test_a_single_process_needs_no_launcher() -> None:
+    run_ranks(1, alone, process_group=False)
+
+
+def alone(rank: int, world: int) -> None:
+    mesh = open_mesh(5)
+    engine = engine_of(toy(), mesh)
+    assert mesh.world == 1 and engine.updates == 0
+    mesh.close()
