@@ -14,6 +14,7 @@ from ptm.engine.zero1 import Zero1Engine
 from ptm.mesh.mesh import Mesh, open_mesh
 from ptm.optim.adamw import adamw
 from ptm.optim.config import OptimConfig
+from tests.support.mesh import mesh_of_test
 from tests.support.ranks import run_ranks
 
 ROWS, STEPS, LR = 8, 6, 1e-2
@@ -53,25 +54,13 @@ def test_a_parameter_smaller_than_the_world_is_whole() -> None:
 
 
 def owned_rows(rank: int, world: int) -> int:
-    mesh = open_mesh_in_test(rank, world)
+    mesh = mesh_of_test(rank, world)
     engine = engine_of(toy(), mesh)
     return engine.state()["model.3.weight"].to_local().shape[0]  # type: ignore[attr-defined]
 
 
-def open_mesh_in_test(rank: int, world: int) -> Mesh:
-    import torch.distributed as dist
-    from torch.distributed.device_mesh import DeviceMesh
-
-    from ptm.mesh.collectives import Ledger
-
-    dp = DeviceMesh("cpu", torch.arange(world), mesh_dim_names=("dp",))
-    group = dist.group.WORLD
-    assert group is not None
-    return Mesh(rank, world, torch.device("cpu"), dp, group, Ledger())
-
-
 def train(rank: int, world: int, micro: int, clip: float) -> dict:
-    mesh = open_mesh_in_test(rank, world)
+    mesh = mesh_of_test(rank, world)
     model = toy()
     engine = engine_of(model, mesh, clip=clip)
     outcomes = []
@@ -145,7 +134,7 @@ def test_wire_bytes_meet_the_bound() -> None:
 
 
 def poisoned(rank: int, world: int, bad_rank: int, what: float) -> tuple:
-    mesh = open_mesh_in_test(rank, world)
+    mesh = mesh_of_test(rank, world)
     model = toy()
     engine = engine_of(model, mesh)
     before = [p.detach().clone() for p in model.parameters()]
@@ -173,7 +162,7 @@ def test_a_non_finite_gradient_on_one_rank_skips_the_step_on_all(what: float) ->
 
 
 def no_tokens(rank: int, world: int) -> tuple:
-    mesh = open_mesh_in_test(rank, world)
+    mesh = mesh_of_test(rank, world)
     model = toy()
     engine = engine_of(model, mesh)
     outcome = engine.step(nll_sum=torch.zeros(()), tokens=torch.tensor(0), lr=LR, flags=[])
