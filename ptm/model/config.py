@@ -65,13 +65,13 @@ class ModelConfig:
     rope_theta: float = ranged(10_000.0, above=1.0)
     "Base of the rotary frequencies; the published 16K weights want 40890."
     rope_mode: RopeMode = RopeMode.fp32
-    "Precision of rotary angles: fp32 (new training), megatron (published weights), hf_bf16 (HF code)."
+    "Precision of rotary angles: fp32 to train, megatron for published weights, hf_bf16 as HF code."
     max_position_embeddings: int = ranged(4096, least=1)
     "Longest sequence, in tokens."
     tie_word_embeddings: bool = True
     "Whether the output matrix is the embedding."
     isolate_documents: bool = True
-    "Whether packed documents are hidden from each other; false, as published, resets positions only."
+    "Whether packed documents are hidden from each other; false only restarts positions."
     initializer_range: float = ranged(0.02, above=0.0)
     "Standard deviation of new weights; output projections divide it by sqrt(2 x layers)."
     attention_dropout: float = ranged(0.0, least=0.0, below=1.0)
@@ -79,11 +79,8 @@ class ModelConfig:
 
     def check(self) -> None:
         """Raise RecipeError for numbers that cannot go together."""
-        hidden, heads, width = (
-            self.hidden_size,
-            self.num_attention_heads,
-            self.attention_projection_size,
-        )
+        hidden, heads = self.hidden_size, self.num_attention_heads
+        width = self.attention_projection_size
         if hidden % (2 * heads):
             rule = f"must be a multiple of 2 x model.num_attention_heads={heads} (rotary pairs)"
             raise RecipeError(line("model.hidden_size", hidden, rule, "change either"))
@@ -91,7 +88,9 @@ class ModelConfig:
             rule = f"must be a multiple of model.num_attention_heads={heads}"
             raise RecipeError(line("model.attention_projection_size", width, rule, "change either"))
         if self.rotary_dim > self.head_dim:
-            rule = f"must be at least model.hidden_size={hidden}, as each head turns hidden / heads dims"
+            rule = (
+                f"must be at least model.hidden_size={hidden}: each head turns hidden / heads dims"
+            )
             raise RecipeError(line("model.attention_projection_size", width, rule, "raise it"))
         if self.num_experts_per_tok > self.num_experts:
             rule = f"must be at most model.num_experts={self.num_experts}"
@@ -99,7 +98,7 @@ class ModelConfig:
                 line("model.num_experts_per_tok", self.num_experts_per_tok, rule, "change either")
             )
         if self.router is RouterKind.shared_expert and self.num_experts_per_tok < 2:
-            rule = "must be at least 2 with model.router=shared_expert, one of them being the shared one"
+            rule = "must be at least 2 with model.router=shared_expert, which is one of them"
             raise RecipeError(
                 line("model.num_experts_per_tok", self.num_experts_per_tok, rule, "raise it")
             )
@@ -153,8 +152,7 @@ def _layer_parameters(config: ModelConfig, *, experts: int) -> int:
     hidden = config.hidden_size
     half = hidden // 2
     attention = 4 * hidden * config.attention_projection_size
-    filters = (
-        2 * (2 * hidden * half) + half + hidden + hidden
-    )  # two width-2 convolutions, their biases, one norm
+    # Two convolutions of width 2, their biases and a norm.
+    filters = 2 * (2 * hidden * half) + half + hidden + hidden
     router = (3 if config.router is RouterKind.attention else 1) * config.num_experts * hidden
     return attention + filters + router + experts * expert_parameters(config) + 2 * hidden

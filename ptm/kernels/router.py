@@ -1,0 +1,97 @@
+"""The attention router of Yuan2.0-M32 (arXiv 2405.17976, section 2): experts that look at one
+another.
+
+Each token makes a query, a key and a value of one number per expert, and a tiny attention over the
+experts, without a scale, gives one score per expert; the best A are taken and weighted by a softmax
+over their scores:
+
+    r_i = sum_j softmax_j(q_i k_j) v_j,   S = the A largest of r,   w = softmax(r_S)
+
+The E x E attention of each token is 4 KiB in fp32, so it is never kept. Forward, one pass per key j
+over all tokens and queries, with tokens innermost (wide vectors; E is small). Backward, only the
+chosen scores carry a gradient, so only their A rows of the attention are computed again, and with p
+= softmax_j(q_i k_j), g = d r_i:
+
+    d v_j = sum_i g_i p_ij,   d s_ij = g_i p_ij (v_j - r_i),   d q_i = sum_j d s_ij k_j,   d k_j =
+    sum_i d s_ij q_i
+
+All of it is fp32: near-ties are common (a fifth of tokens with random weights) and bf16 noise would
+flip experts.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Chosen(NamedTuple):
+    """The best experts of each token, best first: scores and ids (T, A) and the scores of all (T,
+    E)."""
+
+    weights_TA: Tensor
+    ids_TA: Tensor
+    scores_TE: Tensor
+
+
+def top_experts(scores_TE: Tensor, num_active: int) -> Tensor:
+    """Ids (T, A) of the largest scores, largest first; the lowest id wins a tie, on every
+    device."""
+    left = scores_TE
+    ids = []
+    for _ in range(
+        num_active
+    ):  # argmax promises the first of equals; topk and sort promise less or cost more
+        ids.append(left.argmax(-1, keepdim=True))
+        left = left.scatter(-1, ids[-1], -torch.inf)
+    return torch.cat(ids, dim=-1)
+
+
+def attention_router_reference(q_TE: Tensor, k_TE: Tensor, v_TE: Tensor, num_active: int) -> Chosen:
+    """The definition, for tests."""
+    attention = torch.softmax(q_TE.unsqueeze(2) * k_TE.unsqueeze(1), dim=-1)
+    scores = (attention * v_TE.unsqueeze(1)).sum(-1)
+    ids = top_experts(scores.detach(), num_active)
+    return Chosen(scores.gather(1, ids).softmax(-1), ids, scores)
+
+
+def attention_router(q_TE: Tensor, k_TE: Tensor, v_TE: Tensor, num_active: int) -> Chosen:
+    """Choose experts. Shapes: q, k, v (T, E) fp32. Gradients flow through the weights only."""
+    return Chosen(*_AttentionRouter.apply(q_TE, k_TE, v_TE, num_active))  # type: ignore[misc]
+
+
+class _AttentionRouter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, num_active: int):
+        scores = _scores(q, k, v)
+        ids = top_experts(scores, num_active)
+        weights = scores.gather(1, ids).softmax(-1)
+        ctx.save_for_backward(q, k, v, scores, ids, weights)
+        ctx.mark_non_differentiable(ids, scores)
+        return weights, ids, scores
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, *_):  # type: ignore[override]
+        q, k, v, scores, ids, weights = ctx.saved_tensors
+        g_TA1 = (weights * (grad - (grad * weights).sum(-1, keepdim=True))).unsqueeze(2)
+        q_TA1, r_TA1 = q.gather(1, ids).unsqueeze(2), scores.gather(1, ids).unsqueeze(2)
+        p_TAE = torch.softmax(q_TA1 * k.unsqueeze(1), dim=-1).mul_(g_TA1)
+        grad_v = p_TAE.sum(1)
+        s_TAE = p_TAE.mul_(v.unsqueeze(1) - r_TA1)
+        grad_k = (s_TAE * q_TA1).sum(1)
+        grad_q = torch.zeros_like(q).scatter_(1, ids, (s_TAE * k.unsqueeze(1)).sum(-1))
+        return grad_q, grad_k, grad_v, None
+
+
+def _scores(q_TE: Tensor, k_TE: Tensor, v_TE: Tensor) -> Tensor:
+    q, k, v = (x.t().contiguous() for x in (q_TE, k_TE, v_TE))
+    # The largest q_i k_j over j is at the largest or the smallest key, by the sign of q_i.
+    offset = torch.maximum(q * k.amax(0), q * k.amin(0)).neg_()
+    total, mixed, part = torch.zeros_like(q), torch.zeros_like(q), torch.empty_like(q)
+    for key, value in zip(k, v):
+        torch.addcmul(offset, q, key, out=part).exp_()
+        total += part
+        mixed.addcmul_(part, value)
+    return (mixed / total).t().contiguous()

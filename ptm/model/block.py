@@ -1,0 +1,33 @@
+"""One layer: attention and experts, each behind a norm and beside a residual."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ptm.model.attention import Attention
+from ptm.model.cache import LayerCache
+from ptm.model.config import ModelConfig
+from ptm.model.context import Context
+from ptm.model.moe import MixtureOfExperts
+from ptm.model.norm import RMSNorm
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MixtureOfExperts(config)
+
+    def forward(
+        self, x_BLD: Tensor, context: Context, cache: LayerCache | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the new rows (B, L, D) and the rows each expert got (E,).
+
+        The counts are returned, not stored, so that a block run again in the backward counts
+        nothing twice.
+        """
+        x_BLD = x_BLD + self.self_attn(self.input_layernorm(x_BLD), context, cache)
+        y_BLD, counts_E = self.mlp(self.post_attention_layernorm(x_BLD), context.real_BL)
+        return x_BLD + y_BLD, counts_E

@@ -1,0 +1,159 @@
+"""The model: embedding, blocks, norm, head. Single-device code that knows no ranks.
+
+    ids -- embed_tokens -- Block x layers -- norm -- lm_head (or the embedding again) -- logits
+                           n = norm(x);  x += attention(n)
+                           m = norm(x);  x += experts(m)
+
+Parameter names are the published ones, but for the experts, which are stacked: `mlp.experts.w1`,
+`mlp.experts.w2`. A new model holds no values: follow with `init_weights`, or load some.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ptm.kernels.loss import IGNORED, linear_cross_entropy
+from ptm.model import generate
+from ptm.model.block import Block
+from ptm.model.cache import Cache
+from ptm.model.config import ModelConfig
+from ptm.model.context import Context, make_context
+from ptm.model.init import new_weight
+from ptm.model.norm import RMSNorm
+
+
+class Loss(NamedTuple):
+    """Sum over the tokens that count, and their number: add both up over micro-batches and ranks,
+    then divide."""
+
+    nll_sum: Tensor
+    tokens: Tensor
+
+
+class Decoder(nn.Module):
+    """Everything but the head; holds names, and Transformer drives it."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Transformer(nn.Module):
+    """Made from its section; `device="meta"` gives shapes without memory.
+
+    Inputs are ids (B, L) int64, with optional position_ids, document_ids (-1 is filler) and
+    attention_mask (0 is padding) of the same shape; ptm/model/context.py says what they mean.
+    """
+
+    expert_counts: Tensor
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ):
+        super().__init__()
+        self.config = config
+        with torch.device("meta"):
+            self.model = Decoder(config)
+            if not config.tie_word_embeddings:
+                self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.to(dtype)
+        if torch.device(device or "cpu").type != "meta":
+            self.to_empty(device=device or "cpu")
+        counts = torch.zeros(
+            config.num_hidden_layers, config.num_experts, dtype=torch.int64, device=device
+        )
+        self.register_buffer("expert_counts", counts, persistent=False)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Fill every parameter; see ptm/model/init.py."""
+        for name, parameter in self.named_parameters():
+            parameter.copy_(new_weight(self.config, name, parameter.shape, seed))
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(V, D), the embedding itself when tied."""
+        tied = self.config.tie_word_embeddings
+        return self.model.embed_tokens.weight if tied else self.lm_head.weight
+
+    def hidden(
+        self,
+        input_ids_BL: Tensor,
+        position_ids_BL: Tensor | None = None,
+        document_ids_BL: Tensor | None = None,
+        cache: Cache | None = None,
+        attention_mask_BL: Tensor | None = None,
+    ) -> Tensor:
+        """Rows after the final norm, (B, L, D). Appends to the cache; counts experts in training
+        mode."""
+        context = make_context(
+            self.config,
+            input_ids_BL,
+            position_ids_BL=position_ids_BL,
+            document_ids_BL=document_ids_BL,
+            attention_mask_BL=attention_mask_BL,
+            cache=cache,
+        )
+        return self.run(input_ids_BL, context, cache)
+
+    def run(self, input_ids_BL: Tensor, context: Context, cache: Cache | None = None) -> Tensor:
+        """`hidden` under a context made elsewhere."""
+        x_BLD = self.model.embed_tokens(input_ids_BL)
+        for i, block in enumerate(self.model.layers):
+            x_BLD, counts_E = block(x_BLD, context, None if cache is None else cache.layers[i])
+            if self.training:
+                self.expert_counts[i] += counts_E
+        return self.model.norm(x_BLD)
+
+    def forward(
+        self,
+        input_ids_BL: Tensor,
+        position_ids_BL: Tensor | None = None,
+        document_ids_BL: Tensor | None = None,
+        cache: Cache | None = None,
+        attention_mask_BL: Tensor | None = None,
+    ) -> Tensor:
+        """Logits (B, L, V) in the model's type; arguments as for `hidden`."""
+        x_BLD = self.hidden(
+            input_ids_BL, position_ids_BL, document_ids_BL, cache, attention_mask_BL
+        )
+        return F.linear(x_BLD, self.head_weight)
+
+    def loss(self, batch: Any) -> Loss:
+        """Cross entropy of a Batch: (B, L) input_ids, labels (already shifted), loss_mask,
+        position_ids, document_ids."""
+        x_BLD = self.hidden(batch.input_ids, batch.position_ids, batch.document_ids)
+        labels_T = batch.labels.masked_fill(~batch.loss_mask, IGNORED).flatten()
+        nll_sum = linear_cross_entropy(x_BLD.flatten(0, 1), self.head_weight, labels_T)
+        return Loss(nll_sum, batch.loss_mask.sum())
+
+    def take_expert_counts(self) -> Tensor:
+        """Rows of real tokens routed since the last call, (layers, E) int64; starts again from
+        zero."""
+        counts = self.expert_counts.clone()
+        self.expert_counts.zero_()
+        return counts
+
+    def new_cache(self) -> Cache:
+        return Cache(self.config.num_hidden_layers)
+
+    def generate(self, input_ids: Tensor, max_new_tokens: int, **kwargs: Any) -> Tensor:
+        """Prompt and continuation, (B, L + new); keywords as for ptm/model/generate.py's
+        `stream`."""
+        new = list(generate.stream(self, input_ids, max_new_tokens, **kwargs))
+        return torch.cat([input_ids, *(token.unsqueeze(1) for token in new)], dim=1)
+
+    def stream(self, input_ids: Tensor, max_new_tokens: int, **kwargs: Any) -> Iterator[Tensor]:
+        """One (B,) tensor of new ids at a time."""
+        return generate.stream(self, input_ids, max_new_tokens, **kwargs)
