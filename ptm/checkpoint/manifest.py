@@ -154,8 +154,13 @@ _TABLES = ("census", "files", "attachments")
 
 def write(folder: Path, manifest: Manifest) -> None:
     """Put manifest.json into `folder`, which must have none, and fsync it. Raises OSError."""
-    with open(folder / FILE, "xb") as file:
-        file.write(manifest.dump())
+    write_file(folder / FILE, manifest.dump())
+
+
+def write_file(path: Path, raw: bytes) -> None:
+    """A new small file, on the disk when this returns. Raises OSError."""
+    with open(path, "xb") as file:
+        file.write(raw)
         file.flush()
         os.fsync(file.fileno())
 
@@ -227,7 +232,7 @@ def check(manifest: Manifest) -> None:
         for name, piece in file.pieces.items():
             rows[name].append((piece.first_row, piece.num_rows))
     for name, found in rows.items():
-        _check_cover(name, manifest.census[name].shape[0], found)
+        check_cover(name, manifest.census[name].shape[0], found)
     for name, attached in manifest.attachments.items():
         if not _ATTACHMENT.fullmatch(name) or name == FILE or _SHARD_FILE.fullmatch(name):
             raise _bad(name, "is no plain name of an attachment")
@@ -249,7 +254,8 @@ def _check_file(census: dict[str, Entry], file_name: str, file: ShardFile) -> No
         raise _bad(file_name, f"has {file.size_bytes} bytes, its tensors say {position}")
 
 
-def _check_cover(name: str, num_rows: int, found: list[tuple[int, int]]) -> None:
+def check_cover(name: str, num_rows: int, found: Iterable[tuple[int, int]]) -> None:
+    """Raise CheckpointError unless (first_row, num_rows) pairs cover num_rows rows exactly once."""
     position = 0
     for first, count in sorted(found):
         if first != position:

@@ -16,14 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ptm.common import errors
 from ptm.common.errors import HangError, PtmError, StorageError, line
-
-_ERRORS = {
-    kind.__name__: kind
-    for kind in vars(errors).values()
-    if isinstance(kind, type) and issubclass(kind, PtmError)
-}
 
 
 class Peers:
@@ -71,7 +64,7 @@ class Peers:
             if rank == self.rank and failure is not None:
                 raise failure
             where = f" (rank {rank})" if self.world > 1 else ""
-            raise _ERRORS.get(name, PtmError)(f"{text}{where}") from failure
+            raise _kind_named(name)(f"{text}{where}") from failure
         return [text for _, text in heard]
 
 
@@ -86,3 +79,12 @@ def _kind(error: Exception) -> type[Exception]:
     if isinstance(error, PtmError):
         return type(error)
     return StorageError if isinstance(error, OSError) else PtmError
+
+
+def _kind_named(name: str) -> type[PtmError]:
+    kinds: list[type[PtmError]] = [PtmError]
+    for kind in kinds:  # grows while it is walked: all subclasses, wherever they are declared
+        if kind.__name__ == name:
+            return kind
+        kinds += kind.__subclasses__()
+    return PtmError
