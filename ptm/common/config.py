@@ -86,7 +86,8 @@ def ranged(
     return dataclasses.field(default=default, metadata={"range": Range(least, above, most, below)})
 
 
-_SPECIFIERS = (ranged, dataclasses.field)
+# Without `ranged`: checkers want a keyword `default` in these, or they call the field required.
+_SPECIFIERS = (dataclasses.field,)
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=_SPECIFIERS)

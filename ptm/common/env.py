@@ -41,6 +41,11 @@ def under_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
+def torch_log_level() -> str | None:
+    """The level of torchrun's own log, if the user wants to see it."""
+    return os.environ.get("LOGLEVEL")
+
+
 def cache_dir() -> Path:
     """Where prepared data lives when the recipe does not say: PTM_CACHE, else the user's cache
     folder."""

@@ -1,0 +1,6 @@
+"""`python -m ptm VERB ...` is `ptm VERB ...`."""
+
+from ptm.cli import main
+
+if __name__ == "__main__":
+    main()

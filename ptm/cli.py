@@ -1,0 +1,279 @@
+"""The door: `ptm VERB key=value ...`, and launch/VERB.py, which torchrun starts once per rank.
+
+A verb is a row of VERBS; what it imports is loaded when it is asked for, so a wrong word is
+answered in well under a second. Every failure ends here, as one line on stderr and an exit code
+(ptm/common/errors.py). With several ranks:
+
+- an error in the words or the recipe is the same on every rank. Rank 0 prints it; the others wait
+  for it to do so, because torchrun's agent ends all ranks as soon as one has left, and leave with
+  the same code in silence;
+- an error of the job that ptm foresaw is most often the same everywhere too, so other ranks give
+  rank 0 a few seconds; if they are still alive then, the error is theirs alone and they print it
+  behind `[rank/world]`;
+- anything else is printed by each rank it happens to, at once. Its full trace goes to a file."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, NoReturn
+
+import ptm
+from ptm.common import env, incident
+from ptm.common.errors import PtmError, RecipeError, Requeue, line
+from ptm.common.near import nearest
+
+EXIT_OUT_OF_MEMORY = 71
+EXIT_DISK = 74
+EXIT_INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 141
+
+SAME_EVERYWHERE_S = 30.0  # how long a rank lets rank 0 print first; the agent ends it earlier
+MAYBE_MINE_S = 5.0
+SHUTDOWN_S = 20.0  # a thread that does not end is given this long after a failure
+
+_DISK_ERRORS = {
+    errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM,
+    errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EMFILE, errno.ENFILE,
+}  # fmt: skip
+
+
+class Verb(NamedTuple):
+    """One verb: its parts are named `module:attribute` and loaded late."""
+
+    summary: str
+    config: str
+    job: str
+    "Called with the config; returns an exit code or None."
+    positionals: tuple[str, ...] = ()
+
+
+BENCHES = {
+    "router": Verb(
+        "Train the three routers on equal terms and compare their losses.",
+        "ptm.bench.router:RouterBench",
+        "ptm.bench.router:run",
+    ),
+}
+
+VERBS: dict[str, Verb | dict[str, Verb]] = {
+    "train": Verb("Train a recipe.", "ptm.recipe:Recipe", "ptm.build:train"),
+    "plan": Verb(
+        "Show what a recipe needs on this machine, and whether it fits.",
+        "ptm.recipe:Recipe",
+        "ptm.build:plan",
+    ),
+    "eval": Verb(
+        "Held-out loss, perplexity and bits per byte.",
+        "ptm.jobs:EvalJob",
+        "ptm.build:evaluate",
+        ("run",),
+    ),
+    "generate": Verb("Continue a prompt.", "ptm.jobs:GenerateJob", "ptm.build:generate", ("run",)),
+    "convert": Verb(
+        "Published checkpoints to ptm's and back, bit for bit.",
+        "ptm.export.convert:ConvertConfig",
+        "ptm.export.convert:convert",
+        ("source", "out"),
+    ),
+    "data": Verb(
+        "Prepare or check the text of a recipe.", "ptm.jobs:DataJob", "ptm.build:data", ("action",)
+    ),
+    "report": Verb(
+        "One HTML file about a run.", "ptm.jobs:ReportJob", "ptm.build:report", ("run",)
+    ),
+    "bench": BENCHES,
+}
+
+
+def main(words: list[str] | None = None) -> NoReturn:
+    """Run one verb and leave with its exit code; `words` are those after `ptm`."""
+    code = run(sys.argv[1:] if words is None else words)
+    if code:  # an engine's or a writer's thread may never end after a failure
+        timer = threading.Timer(SHUTDOWN_S, os._exit, [code])
+        timer.daemon = True
+        timer.start()
+    sys.exit(code)
+
+
+def run(words: list[str]) -> int:
+    """Run one verb; every failure is printed, none is raised. Returns the exit code."""
+    is_started = False
+    try:
+        job = _parse(words)
+        is_started = True
+        code = job() or 0
+        sys.stdout.flush()
+        return code
+    except Exception as e:
+        if isinstance(e, BrokenPipeError) and _is_stdout_closed():
+            return EXIT_BROKEN_PIPE
+        code, message = _describe(e)
+        is_same = not is_started or isinstance(e, Requeue)
+        maybe_mine_s = MAYBE_MINE_S if isinstance(e, PtmError) else 0.0
+        wait_s = SAME_EVERYWHERE_S if is_same else maybe_mine_s
+        _complain(message, code, wait_s=wait_s, is_same=is_same)
+        return code
+    except KeyboardInterrupt:
+        message = line("signal", "SIGINT", "interrupted, nothing more was saved", "start it again")
+        _complain(message, EXIT_INTERRUPTED, wait_s=MAYBE_MINE_S, is_same=True)
+        return EXIT_INTERRUPTED
+
+
+def _parse(words: list[str]) -> Callable[[], int | None]:
+    """What the words ask for, as a call."""
+    if words[:1] == ["--version"]:
+        return lambda: _show(f"ptm {ptm.__version__}")
+    name, verb, rest = "ptm", VERBS, words
+    while isinstance(verb, dict):
+        if not rest or rest[0] in ("-h", "--help"):
+            page = _overview(name, verb)
+            return lambda: _show(page)
+        if rest[0] not in verb:
+            near = nearest(rest[0], verb)
+            guess = f"{name} train {rest[0]}" if "=" in rest[0] and verb is VERBS else ""
+            guess = guess or (f"{name} {near[0]}" if near else f"{name} --help")
+            rule = f"{name} has {', '.join(verb)}"
+            raise RecipeError(line("verb", rest[0], rule, f"did you mean {guess}?"))
+        name, verb, rest = f"{name} {rest[0]}", verb[rest[0]], rest[1:]
+    if "-h" in rest or "--help" in rest:
+        page = _page(name, verb)
+        return lambda: _show(page)
+    config, job = _config(verb, rest), verb.job
+    return lambda: load(job)(config)
+
+
+def _config(verb: Verb, words: list[str]) -> Any:
+    from ptm.common.parse import schema_of
+    from ptm.recipe import Recipe, load_recipe
+
+    cls = load(verb.config)
+    if issubclass(cls, Recipe):
+        return load_recipe(words, cls=cls, positionals=verb.positionals, say=_show)
+    schema = schema_of(cls)
+    return schema.build(schema.words(words, positionals=verb.positionals))
+
+
+def load(target: str) -> Any:
+    """The object that `module:attribute` names."""
+    module, _, attribute = target.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def _overview(name: str, verbs: Mapping[str, Verb | dict[str, Verb]]) -> str:
+    rows = []
+    for key, verb in verbs.items():
+        summary = f"Measure: {', '.join(verb)}." if isinstance(verb, dict) else verb.summary
+        rows.append(f"  {key:{max(map(len, verbs))}}  {summary}")
+    lines = [f"usage: {name} VERB [key=value ...]", "", *rows, ""]
+    if verbs is VERBS:
+        from ptm.recipe_files import shipped
+
+        lines.insert(1, "       torchrun --nproc-per-node N launch/VERB.py [key=value ...]")
+        lines.append(f"recipes: {', '.join(shipped())}")
+    return "\n".join([*lines, f"{name} VERB --help lists every key of a verb."])
+
+
+def _page(name: str, verb: Verb) -> str:
+    from ptm.common.help import help_text
+    from ptm.common.parse import schema_of
+    from ptm.recipe import NAMES, Recipe
+
+    cls = load(verb.config)
+    is_recipe = issubclass(cls, Recipe)
+    summary = verb.summary
+    if is_recipe:
+        summary += (
+            " Defaults below are those of the code; a recipe and its scale lie over them,"
+            " and words over both. dry_run=true shows what comes out."
+        )
+    return help_text(
+        schema_of(cls),
+        usage=" ".join([name, *map(str.upper, verb.positionals), "[key=value ...]"]),
+        summary=summary,
+        aliases=NAMES.aliases if is_recipe else None,
+    )
+
+
+def _show(text: str) -> None:
+    if env.ranks().rank == 0:
+        print(text, flush=True)
+
+
+def _describe(error: Exception) -> tuple[int, str]:
+    """The exit code and the line of an error."""
+    if isinstance(error, PtmError):
+        return error.exit_code, str(error)
+    first = (str(error).strip().splitlines() or [""])[0]
+    for e in _causes(error):
+        text = str(e).lower()
+        if (
+            isinstance(e, MemoryError)
+            or type(e).__name__ == "OutOfMemoryError"
+            or (isinstance(e, OSError) and e.errno == errno.ENOMEM)
+            or "can't allocate memory" in text
+            or "out of memory" in text
+        ):
+            remedy = "lower train.micro_batch_size or set train.recompute=block (see ptm plan)"
+            return EXIT_OUT_OF_MEMORY, line("memory", first, "out of memory", remedy)
+        if isinstance(e, OSError) and e.errno in _DISK_ERRORS:
+            what = e.filename if e.filename is not None else first
+            rule = f"cannot be read or written ({e.strerror})"
+            return EXIT_DISK, line("file", what, rule, "check space and permissions")
+        if "no space left on device" in text:  # from Rust and C++ libraries
+            return EXIT_DISK, line("disk", first, "is full", "make space, then resume=auto")
+    if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("ptm"):
+        rule = "is not installed"
+        return PtmError.exit_code, line("module", error.name, rule, f"pip install {error.name}")
+    remedy = f"the full trace is in {incident.write_trace(error)}"
+    shown = f"{type(error).__name__}({first})"
+    return PtmError.exit_code, line("error", shown, "ptm did not expect this", remedy)
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    chain: list[BaseException] = []
+    e: BaseException | None = error
+    while e is not None and e not in chain:
+        chain.append(e)
+        e = e.__cause__ or e.__context__
+    return chain
+
+
+def _complain(message: str, code: int, *, wait_s: float = 0.0, is_same: bool = False) -> None:
+    """Print the one line of a failure, as the module's docstring says for several ranks."""
+    me = env.ranks()
+    if me.rank:
+        if me.rank == me.local_rank:  # rank 0 is under the same agent
+            _wait_to_be_ended(wait_s, code)
+        if is_same:
+            return
+        message = f"[{me.rank}/{me.world}] {message}"
+    print(message, file=sys.stderr, flush=True)
+
+
+def _wait_to_be_ended(seconds: float, code: int) -> None:
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(code))
+    time.sleep(seconds)
+
+
+def _is_stdout_closed() -> bool:
+    # A broken pipe may be any pipe. If it is stdout (`ptm ... | head`), point it elsewhere, so that
+    # the interpreter does not fail on it again when it ends.
+    try:
+        stdout = sys.stdout.fileno()
+    except (OSError, ValueError):
+        return False
+    poll = select.poll()
+    poll.register(stdout, select.POLLOUT)
+    is_closed = any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+    if is_closed:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)
+    return is_closed

@@ -1,0 +1,60 @@
+"""What the verbs other than train and plan can be told; ptm/cli.py parses these, ptm/build.py does
+the work."""
+
+from __future__ import annotations
+
+from dataclasses import field
+
+from ptm.common.config import Choice, config, ranged
+from ptm.recipe import Recipe
+
+
+@config
+class EvalJob:
+    run: str
+    "Run folder, one of its checkpoints, or a published model folder."
+    step: int | None = ranged(None, least=0)
+    "Step of the checkpoint; null is the newest good one."
+    rows: int = ranged(256, least=1)
+    "Held-out rows of seq_len tokens; all if there are fewer."
+    micro_batch_size: int = ranged(8, least=1)
+    "Rows in one forward pass."
+    json: str | None = None
+    "File that takes the numbers as JSON."
+
+
+@config
+class GenerateJob:
+    run: str
+    "Run folder, one of its checkpoints, or a published model folder."
+    prompt: str = field(default="", metadata={"prose": True})
+    "Text to continue; empty starts a new document."
+    step: int | None = ranged(None, least=0)
+    "Step of the checkpoint; null is the newest good one."
+    max_new_tokens: int = ranged(128, least=1, most=1_000_000)
+    "Longest continuation, in tokens."
+    temperature: float = ranged(0.0, least=0.0, most=100.0)
+    "0 takes the likeliest token; higher is more varied."
+    top_p: float = ranged(1.0, above=0.0, most=1.0)
+    "Draw from the likeliest tokens that together have this probability."
+    seed: int = ranged(0, least=0, most=2**31 - 1)
+    "Seed of the draws."
+
+
+@config
+class ReportJob:
+    run: str
+    "Run folder."
+    out: str | None = None
+    "HTML file to write; null is report.html in the run folder."
+
+
+class DataAction(Choice):
+    prepare = "prepare"
+    check = "check"
+
+
+@config
+class DataJob(Recipe):
+    action: DataAction
+    "prepare: tokenize the corpus of the recipe into the cache; check: list its bad rows."
