@@ -22,6 +22,8 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 GRACE_S = 5.0
+# DTensor imports torch._dynamo at its first use, and job modules import pytest: 0.8 s a rank.
+PRELOAD = ("torch.distributed.tensor", "torch.distributed.checkpoint", "torch._dynamo", "pytest")
 
 
 class RankFailed(AssertionError):
@@ -33,7 +35,7 @@ def run_ranks(
 ) -> list[Any]:
     """Call fn(rank, n, *args) on n ranks, return results in order. Arguments must pickle."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch.distributed.tensor", "torch.distributed.checkpoint"])
+    context.set_forkserver_preload(list(PRELOAD))
     with tempfile.TemporaryDirectory(prefix="ptm-ranks-") as folder:
         init = f"file://{folder}/rendezvous" if process_group else None
         ranks = []
