@@ -1,0 +1,126 @@
+"""Runs a module's `handle(request, report)` in another process, over JSON lines on its pipes.
+
+For work that should use another core (tokenizing, ptm/data/shard.py) or must not be able to hurt
+this process (chat templates, ptm/data/chat.py). A fresh interpreter, so nothing is forked and
+nothing is pickled. The child ends when its pipe closes, that is also when its parent is killed;
+Ctrl-C is the parent's to handle. A time limit is an alarm inside the child: it fires in the middle
+of a C loop as well, and when nobody is left to watch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ptm.common.errors import DataError, OutOfPages, PtmError, StorageError, line
+
+ROOT = str(Path(__file__).resolve().parents[2])
+ERRORS = {e.__name__: e for e in (DataError, StorageError, OutOfPages, PtmError)}
+TIMED_OUT, CRASHED = "took too long", "crashed its process"
+
+
+class Child:
+    """One process, ready for many calls, one at a time; `close` it or use it in a `with`.
+
+    `memory_bytes` bounds its address space.
+    """
+
+    def __init__(self, module: str, *, memory_bytes: int = 0) -> None:
+        # Found where this file is, and not in the current folder, which may hold a json.py.
+        code = (
+            f"import sys; sys.path = [{ROOT!r}, *filter(None, sys.path)]; import ptm.data; "
+            f"del sys.path[0]; from ptm.data.child import serve; serve({module!r}, {memory_bytes})"
+        )
+        command = [sys.executable, "-c", code]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def call(
+        self,
+        request: dict[str, Any],
+        *,
+        what: str,
+        time_s: float = 0.0,
+        report: Callable[[Any], None] = lambda _: None,
+    ) -> Any:
+        """The result of `handle(request, report)`; `what` is what it works on, for error messages.
+
+        Raises: what `handle` raises; DataError when the child runs out of `time_s` (0 is no limit)
+        or dies; OutOfPages when the system killed it. After a death this child is of no more use.
+        """
+        assert self.process.stdin is not None and self.process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):  # its death is told below
+            self.process.stdin.write(_line({"time_s": time_s, "request": request}))
+            self.process.stdin.flush()
+        for text in self.process.stdout:
+            reply = json.loads(text)
+            if "report" in reply:
+                report(reply["report"])
+            elif "error" in reply:
+                raise ERRORS.get(reply["error"], PtmError)(reply["message"])
+            else:
+                return reply["result"]
+        code = self.process.wait()
+        if code == -signal.SIGKILL:
+            rule = "a worker process was killed, most likely for want of memory"
+            raise OutOfPages(line("data", what, rule, "set data.workers=1 or free memory"))
+        if code == -signal.SIGALRM:
+            raise DataError(line("data", what, f"{TIMED_OUT} ({time_s:g} s)", "simplify it"))
+        raise DataError(line("data", what, f"{CRASHED} (exit {code})", "leave it out"))
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    pipe.close()
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def serve(module: str, memory_bytes: int) -> None:
+    """The child's side: answer requests until the pipe closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    replies = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a library prints must not get among the replies
+
+    def send(reply: dict[str, Any]) -> None:
+        replies.write(_line(reply))
+        replies.flush()
+
+    handle = importlib.import_module(module).handle
+    if memory_bytes:
+        resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+    for text in sys.stdin.buffer:
+        message = json.loads(text)
+        signal.setitimer(signal.ITIMER_REAL, message["time_s"])
+        try:
+            result = {"result": handle(message["request"], lambda value: send({"report": value}))}
+        except MemoryError:
+            result = {"error": "OutOfPages", "message": "a worker process is out of memory"}
+        except PtmError as e:
+            result = {"error": type(e).__name__, "message": str(e)}
+        except OSError as e:
+            where = e.filename or "the cache"
+            storage = line("data.cache_dir", where, f"{e.strerror or e}", "free or change the disk")
+            result = {"error": "StorageError", "message": storage}
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        send(result)
+
+
+def _line(message: dict[str, Any]) -> bytes:
+    return json.dumps(message).encode() + b"\n"
