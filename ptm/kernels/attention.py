@@ -99,12 +99,12 @@ def _blocks(q: Tensor, mask: Tensor | None):
     # One picture serves all unmasked blocks: zeros, then a triangle, cut where the triangle fits.
     size = min(BLOCK, L)
     triangle = torch.full((size, size), -math.inf, dtype=q.dtype).triu_(1)
-    causal = torch.cat([q.new_zeros(size, L - size), triangle], dim=1)
+    causal = torch.cat([q.new_zeros(size, L), triangle], dim=1)
     for row in range(B):
         for start in range(0, L, size):
             end = min(start + size, L)
             if mask is None:
-                bias = causal[: end - start, L - size - start :][:, :end]
+                bias = causal[: end - start, L - start : L - start + end]
             else:
                 hidden = ~mask[row if mask.shape[0] > 1 else 0, start:end, :end]
                 bias = q.new_zeros(end - start, end).masked_fill_(hidden, -math.inf)

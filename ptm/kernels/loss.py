@@ -51,14 +51,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=wide, device=x.device)
         grad_x = torch.empty_like(x) if with_grad else None
         grad_weight = torch.zeros_like(weight, dtype=wide) if with_grad else None
-        size = chunk_tokens(weight.shape[0])
-        for start in range(0, x.shape[0], size):
-            rows = slice(start, start + size)
-            logits = F.linear(x[rows], weight)
-            total += _nll_and_grad(logits, labels[rows])
+        size = min(chunk_tokens(weight.shape[0]), x.shape[0])
+        chunk = x.new_empty(size, weight.shape[0])
+        for start in range(0, x.shape[0], max(size, 1)):
+            rows = x[start : start + size]
+            logits = torch.mm(rows, weight.t(), out=chunk[: rows.shape[0]])
+            total += _nll_and_grad(logits, labels[start : start + size])
             if grad_x is not None and grad_weight is not None:
-                torch.mm(logits, weight, out=grad_x[rows])
-                grad_weight += logits.t() @ x[rows]
+                torch.mm(logits, weight, out=grad_x[start : start + size])
+                grad_weight += logits.t() @ rows
         ctx.save_for_backward(grad_x, grad_weight)
         ctx.weight_dtype = weight.dtype
         return total
@@ -71,17 +72,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def _nll_and_grad(logits: Tensor, labels: Tensor) -> Tensor:
     """Sum of -log p_label of a chunk; overwrites `logits` with its gradient, softmax - onehot."""
+    T, V = logits.shape
     wide = torch.promote_types(logits.dtype, torch.float32)
-    kept = labels != IGNORED
-    column = labels.clamp(min=0).unsqueeze(1)
-    nll = torch.empty(labels.shape[0], 1, dtype=wide, device=logits.device)
-    size = max(1, SLICE_LOGITS // logits.shape[1])
-    for start in range(0, labels.shape[0], size):
-        rows = slice(start, start + size)
-        z = logits[rows].to(wide)
-        p = z.softmax(-1)
-        highest = z.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log()
-        nll[rows] = highest - z.gather(1, column[rows])
-        p.scatter_add_(1, column[rows], -torch.ones_like(nll[rows]))
-        logits[rows] = p.mul_(kept[rows].unsqueeze(1))
-    return nll.squeeze(1).mul(kept).sum()
+    kept_T1 = (labels != IGNORED).unsqueeze(1)
+    label_T1 = labels.clamp(min=0).unsqueeze(1)
+    size = min(max(1, SLICE_LOGITS // V), T)
+    z_buffer, p_buffer = logits.new_empty(2, size, V, dtype=wide)  # reused: fresh pages are slow
+    total = torch.zeros((), dtype=wide, device=logits.device)
+    for start in range(0, T, max(size, 1)):
+        rows = slice(start, min(start + size, T))
+        z, p = (buffer[: rows.stop - start] for buffer in (z_buffer, p_buffer))
+        torch.softmax(z.copy_(logits[rows]), -1, out=p)
+        log_sum = z.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log()
+        nll = log_sum - z.gather(1, label_T1[rows])
+        total += nll.mul_(kept_T1[rows]).sum()
+        p.scatter_add_(1, label_T1[rows], torch.full_like(nll, -1.0))
+        logits[rows] = p.mul_(kept_T1[rows])
+    return total

@@ -39,7 +39,7 @@ class _RMSNorm(torch.autograd.Function):
         width = x.shape[-1]
         unit = x.to(scale.dtype) * scale
         wide = grad.to(scale.dtype)
-        per_weight = (wide * unit).view(-1, width)
+        per_weight = (wide * unit).reshape(-1, width)
         grad_weight = per_weight.sum(0).to(weight.dtype)
         # d unit = g w; d x = scale (d unit - unit mean(d unit * unit)); d unit * unit = (g unit) w
         along = torch.mv(per_weight, weight.to(scale.dtype)).div_(width).view_as(scale)

@@ -9,9 +9,9 @@ Three precisions of the angle are in use for the same model, and they differ by 
 
     fp32       everything in fp32. For new training.
     megatron   frequencies rounded to bf16, the rest in fp32: how the published weights were trained.
-    hf_bf16    frequencies, positions, their product, cosine and sine rounded to bf16, and
-               base 10000 whatever the recipe says: what the published Hugging Face code computes, where
-               16384 positions collapse to 1025.
+    hf_bf16    frequencies, positions, their product, cosine and sine rounded to bf16, and base 10000
+               whatever the recipe says: what the published Hugging Face code computes, where 16384
+               positions collapse to 1025.
 
 The turn itself is done in fp32 and cast back. `rope` also moves heads in front of positions, which
 attention wants, so that the layout change costs no pass of its own.
