@@ -68,15 +68,15 @@ VERBS: dict[str, Verb | dict[str, Verb]] = {
     "plan": Verb(
         "Show what a recipe needs on this machine, and whether it fits.",
         "ptm.recipe:Recipe",
-        "ptm.build:plan",
+        "ptm.verbs:plan",
     ),
     "eval": Verb(
         "Held-out loss, perplexity and bits per byte.",
         "ptm.jobs:EvalJob",
-        "ptm.build:evaluate",
+        "ptm.verbs:evaluate",
         ("run",),
     ),
-    "generate": Verb("Continue a prompt.", "ptm.jobs:GenerateJob", "ptm.build:generate", ("run",)),
+    "generate": Verb("Continue a prompt.", "ptm.jobs:GenerateJob", "ptm.verbs:generate", ("run",)),
     "convert": Verb(
         "Published checkpoints to ptm's and back, bit for bit.",
         "ptm.export.convert:ConvertConfig",
@@ -84,10 +84,10 @@ VERBS: dict[str, Verb | dict[str, Verb]] = {
         ("source", "out"),
     ),
     "data": Verb(
-        "Prepare or check the text of a recipe.", "ptm.jobs:DataJob", "ptm.build:data", ("action",)
+        "Prepare or check the text of a recipe.", "ptm.jobs:DataJob", "ptm.verbs:data", ("action",)
     ),
     "report": Verb(
-        "One HTML file about a run.", "ptm.jobs:ReportJob", "ptm.build:report", ("run",)
+        "One HTML file about a run.", "ptm.jobs:ReportJob", "ptm.verbs:report", ("run",)
     ),
     "bench": BENCHES,
 }

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from dataclasses import field
 
-from ptm.common.config import Choice, config, ranged
+from ptm.common.config import config, ranged
+from ptm.data.config import DataAction
 from ptm.recipe import Recipe
 
 
@@ -15,8 +16,12 @@ class EvalJob:
     "Run folder, one of its checkpoints, or a published model folder."
     step: int | None = ranged(None, least=0)
     "Step of the checkpoint; null is the newest good one."
+    source: str | None = None
+    "Text to evaluate on, all of it, as in data.source; null is what the run held out."
     rows: int = ranged(256, least=1)
-    "Held-out rows of seq_len tokens; all if there are fewer."
+    "Rows of seq_len tokens; all if there are fewer."
+    seq_len: int | None = ranged(None, least=2, most=2**20)
+    "Tokens in a row; null is the run's train.seq_len."
     micro_batch_size: int = ranged(8, least=1)
     "Rows in one forward pass."
     json: str | None = None
@@ -49,12 +54,25 @@ class ReportJob:
     "HTML file to write; null is report.html in the run folder."
 
 
-class DataAction(Choice):
-    prepare = "prepare"
-    check = "check"
-
-
 @config
 class DataJob(Recipe):
     action: DataAction
-    "prepare: tokenize the corpus of the recipe into the cache; check: list its bad rows."
+    "prepare: tokenize into the cache; check: list bad rows; show: print a row as the model gets it."
+    row: int = ranged(0, least=0)
+    "Which row to show."
+
+
+@config
+class BenchJob:
+    name: str
+    "Which benchmark: router."
+    steps: int = ranged(400, least=1)
+    "Training steps of each run."
+    seeds: int = ranged(3, least=1, most=100)
+    "Runs of each kind, with seeds 0, 1, ..."
+    jobs: int = ranged(0, least=0, most=64)
+    "Runs at a time; 0 is one per core."
+    out: str = "runs/bench-router"
+    "Folder of the runs; finished ones are read, not run again."
+    json: str | None = None
+    "File that takes the numbers as JSON."

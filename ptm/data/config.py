@@ -19,6 +19,14 @@ class BadRows(Choice):
     fail = "fail"
 
 
+class DataAction(Choice):
+    """What the verb `data` does."""
+
+    prepare = "prepare"
+    check = "check"
+    show = "show"
+
+
 @config
 class DataConfig:
     source: tuple[str, ...] = (PYTHON_STDLIB,)

@@ -8,6 +8,7 @@ are cut and ordered by ptm/data/loader.py.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -110,12 +111,15 @@ def open_corpus(
     seed: int,
     is_builder: bool = True,
     show_progress: bool = False,
+    is_all_held_out: bool = False,
 ) -> Corpus:
     """Open the corpus of a recipe, preparing what is not in the cache yet.
 
     Every rank calls it; one process of all that share the cache builds, the others wait for it and
     take over if it dies. With `is_builder=False` a rank first waits a few seconds for a builder to
     begin: pass `rank == 0` there and for `show_progress`, and the bar stays on rank 0.
+
+    `is_all_held_out` puts every document on the held-out side: text that was never trained on.
 
     `vocab_size` is the model's: the size a tokenizer is trained to, and the most a given one may
     have. `seed` orders training rows; held-out rows have one order for all seeds, so that losses of

@@ -12,8 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from ptm.common.config import Choice
-from ptm.data.config import DataConfig
+from ptm.data.config import DataAction, DataConfig
 from ptm.data.corpus import Corpus, open_corpus
 from ptm.data.loader import Rows
 from ptm.data.prepare import refuse_bad
@@ -23,14 +22,6 @@ from ptm.data.shard import Totals
 from ptm.data.source import cut, find
 
 PIECE_BYTES = 1 << 62  # whole files: one process reads in order
-
-
-class DataAction(Choice):
-    """What the verb `data` does."""
-
-    prepare = "prepare"
-    check = "check"
-    show = "show"
 
 
 def run(

@@ -1,0 +1,98 @@
+"""The run folder: whose it is, whether this command may use it, and what is written at its start.
+
+    runs/m32-mini/  recipe.yaml  plan.txt  env.json  metrics.jsonl  events.jsonl  report.html
+                    checkpoints/step-00000120/...   incidents/...
+
+A folder belongs to one run. `resume=auto` goes on from the newest good checkpoint if there is one,
+`must` refuses to start without one, `never` refuses a folder that has any. A recipe that would
+train another model than the one in the folder, or on other data, is refused by name; what may
+change between two starts is listed in FREE.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import ptm
+from ptm.checkpoint.folders import step_folders
+from ptm.common import env
+from ptm.common.errors import CheckpointError, RecipeError, StorageError, line
+from ptm.common.parse import schema_of
+from ptm.recipe import Recipe, Resume, dump, load_recipe
+
+FREE = re.compile(
+    r"resume|dry_run|recipe|(run|log|checkpoint|eval|engine)\..*"
+    r"|data\.(workers|prefetch|cache_dir)|train\.(steps|micro_batch_size|recompute|max_skipped)"
+)
+"""Keys that may differ when a run goes on: how it runs, not what it trains."""
+
+
+def claim(recipe: Recipe) -> Path:
+    """Check that `recipe` may use its run folder, and make it. Rank 0 only.
+
+    Returns the folder of checkpoints. Raises RecipeError, CheckpointError, StorageError.
+    """
+    folder = recipe.run_dir
+    checkpoints = folder / "checkpoints"
+    has_steps = checkpoints.is_dir() and bool(step_folders(checkpoints))
+    if recipe.resume is Resume.never and (has_steps or (folder / "metrics.jsonl").exists()):
+        remedy = "name another run.dir, or use resume=auto to go on"
+        raise RecipeError(line("run.dir", folder, "holds a run already and resume=never", remedy))
+    if recipe.resume is Resume.must and not has_steps:
+        remedy = "check run.dir, or use resume=auto to start anew"
+        raise CheckpointError(line("run.dir", folder, "has no checkpoint and resume=must", remedy))
+    if has_steps and (folder / "recipe.yaml").is_file():
+        _refuse_another_run(recipe, folder)
+    try:
+        checkpoints.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        rule = f"cannot be made ({error.strerror})"
+        remedy = "name a folder that you may write to"
+        raise StorageError(line("run.dir", folder, rule, remedy)) from error
+    return checkpoints
+
+
+def _refuse_another_run(recipe: Recipe, folder: Path) -> None:
+    flatten = schema_of(Recipe).flatten
+    before, now = flatten(load_recipe([f"recipe={folder / 'recipe.yaml'}"])), flatten(recipe)
+    for key, new in now.items():
+        if before[key] != new and not FREE.fullmatch(key):
+            rule = f"the run in {folder} has {key}={before[key]}"
+            remedy = "name another run.dir for another run"
+            raise RecipeError(line(key, new, rule, remedy))
+
+
+def describe(recipe: Recipe, plan_text: str) -> None:
+    """Write recipe.yaml, plan.txt and env.json. Each is replaced whole."""
+    folder = recipe.run_dir
+    packages = {d.metadata["Name"]: d.version for d in metadata.distributions()}
+    facts = {
+        "ptm": ptm.__version__,
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "host": platform.node(),
+        "cpus": os.cpu_count(),
+        "world": env.ranks().world,
+        "variables": env.recorded(),
+        "packages": dict(sorted(packages.items(), key=lambda pair: pair[0].lower())),
+    }
+    _write(folder / "recipe.yaml", dump(recipe))
+    _write(folder / "plan.txt", plan_text)
+    _write(folder / "env.json", json.dumps(facts, indent=1) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    beside = path.with_name(path.name + ".tmp")
+    try:
+        beside.write_text(text)
+        beside.replace(path)
+    except OSError as error:
+        rule = f"cannot be written ({error.strerror})"
+        remedy = "free space or name another folder"
+        raise StorageError(line("run.dir", path, rule, remedy)) from error

@@ -1,0 +1,144 @@
+"""What the verbs beside train and convert do with their configs (ptm/jobs.py)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+
+from ptm.bench import router
+from ptm.build import Batches, make_plan
+from ptm.checkpoint.folders import step_folder
+from ptm.checkpoint.load_model import module_of
+from ptm.checkpoint.open_model import open_model
+from ptm.common import env
+from ptm.common.device import best_device
+from ptm.common.errors import CheckpointError, RecipeError, StorageError, line
+from ptm.data import job as data_job
+from ptm.data.config import DataConfig
+from ptm.data.corpus import Corpus, open_corpus
+from ptm.data.tokenizer import load_tokenizer
+from ptm.eval.perplexity import held_out
+from ptm.jobs import BenchJob, DataJob, EvalJob, GenerateJob, ReportJob
+from ptm.mesh.mesh import open_mesh
+from ptm.model.transformer import Transformer
+from ptm.recipe import Recipe, load_recipe
+from ptm.report.html import write_report
+from ptm.serve.generator import Sampling, stream_text
+
+BENCHES = {"router": router.run}
+
+
+def plan(recipe: Recipe) -> None:
+    """Print the plan, or leave with code 3."""
+    print(make_plan(recipe).text(), end="")
+
+
+def generate(job: GenerateJob) -> None:
+    """Stream a continuation of the prompt to stdout."""
+    opened = open_model(model_folder(job.run, job.step))
+    tokenizer = load_tokenizer(opened.tokenizer)
+    model = module_of(opened).to(best_device())
+    sampling = Sampling(job.prompt, job.max_new_tokens, job.temperature, job.top_p, job.seed)
+    for text in stream_text(model, tokenizer, sampling):
+        print(text, end="", flush=True)
+    print()
+
+
+def evaluate(job: EvalJob) -> None:
+    """Print held-out loss, perplexity and bits per byte of a model; every rank takes part."""
+    folder = model_folder(job.run, job.step)
+    opened = open_model(folder)
+    tokenizer_folder = opened.tokenizer
+    mesh = open_mesh(600)
+    model = module_of(opened).to(mesh.device)
+    corpus, seq_len = _text(job, Path(job.run), tokenizer_folder, model)
+    batches = Batches(
+        corpus.held_out,
+        mesh,
+        seq_len=seq_len,
+        isolate_documents=model.config.isolate_documents,
+        num_rows=job.rows,
+        micro_batch_size=job.micro_batch_size,
+    )
+    token_bytes = torch.as_tensor(corpus.tokenizer.token_bytes(), device=mesh.device)
+    found = held_out(model, batches.micro_batches(0), token_bytes=token_bytes, mesh=mesh)
+    if mesh.is_main:
+        print("\n".join(f"{name.removeprefix('eval_'):16} {value:,.4f}" for name, value in found.items()))
+        if job.json:
+            write_json(job.json, {"run": job.run, "model": str(folder), **found})
+    mesh.close()
+
+
+def _text(job: EvalJob, run: Path, tokenizer: Path, model: Transformer) -> tuple[Corpus, int]:
+    """The text to evaluate on: what the job names, else what the run held out."""
+    recipe_file = next((p for p in (run / "recipe.yaml", run.parent.parent / "recipe.yaml") if p.is_file()), None)
+    if recipe_file is None and job.source is None:
+        rule = "has no recipe.yaml that says what text was held out"
+        raise CheckpointError(line("run", run, rule, "give source=FOLDER of text"))
+    seq_len = job.seq_len
+    if recipe_file is not None:
+        recipe = load_recipe([f"recipe={recipe_file}"])
+        data, seq_len = recipe.data, seq_len or recipe.train.seq_len
+    else:
+        data = DataConfig()
+    is_whole = job.source is not None
+    if job.source is not None:
+        data = dataclasses.replace(data, source=(job.source,), weights=(), tokenizer=str(tokenizer))
+    seq_len = seq_len or min(4096, model.config.max_position_embeddings)
+    corpus = open_corpus(
+        data,
+        vocab_size=model.config.vocab_size,
+        seed=0,
+        is_builder=env.ranks().rank == 0,
+        show_progress=env.ranks().rank == 0,
+        is_all_held_out=is_whole,
+    )
+    return corpus, seq_len
+
+
+def data(job: DataJob) -> None:
+    """prepare, check or show the text of a recipe."""
+    data_job.run(
+        job.action,
+        job.data,
+        vocab_size=job.model.vocab_size,
+        seq_len=job.train.seq_len,
+        seed=job.train.seed,
+        isolate_documents=job.model.isolate_documents,
+        row=job.row,
+    )
+
+
+def report(job: ReportJob) -> None:
+    """Write the page and say where it is."""
+    if not Path(job.run).is_dir():
+        raise RecipeError(line("run", job.run, "is not a folder", "name a run folder, as in runs/m32-mini"))
+    print(write_report(Path(job.run)))
+
+
+def bench(job: BenchJob) -> None:
+    """Run one benchmark and print its table."""
+    if job.name not in BENCHES:
+        rule = f"must be one of {', '.join(BENCHES)}"
+        raise RecipeError(line("name", job.name, rule, "as in `ptm bench router`"))
+    BENCHES[job.name](job)
+
+
+def model_folder(run: str, step: int | None) -> Path:
+    """The folder to open: the run itself, or one of its steps."""
+    if step is None:
+        return Path(run)
+    folder = step_folder(Path(run) / "checkpoints", step)
+    if not folder.is_dir():
+        raise CheckpointError(line("step", step, f"{folder} is not there", "leave it out for the newest"))
+    return folder
+
+
+def write_json(path: str, values: dict[str, object]) -> None:
+    try:
+        Path(path).write_text(json.dumps(values, indent=1) + "\n")
+    except OSError as error:
+        raise StorageError(line("json", path, f"cannot be written ({error.strerror})", "name another file")) from error
