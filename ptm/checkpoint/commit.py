@@ -47,8 +47,9 @@ def check_room(root: Path, num_bytes: int) -> None:
     """Raise StorageError unless the disk of `root` has `num_bytes` left."""
     free = _free_bytes(root)
     if free < num_bytes:
-        rule = f"needs {format_bytes(num_bytes)} and the disk has {format_bytes(free)} left"
-        raise StorageError(line("checkpoint", root, rule, "free space, or name another run.dir"))
+        rule = f"a checkpoint needs {format_bytes(num_bytes)}"
+        remedy = "free space, or name another run.dir"
+        raise StorageError(line(f"{root} free", format_bytes(free), rule, remedy))
 
 
 def attach(tmp: Path, sources: Mapping[str, Path]) -> dict[str, Attachment]:
@@ -81,7 +82,7 @@ def commit(tmp: Path, folder: Path, manifest: Manifest) -> list[str]:
         tops = {name.split("/")[0] for name in [*manifest.files, *manifest.attachments]}
         for name in sorted(tops ^ set(os.listdir(tmp))):
             remedy = "put run.dir on a file system that all nodes share"
-            raise CheckpointError(line("file", tmp / name, "was not written by this save", remedy))
+            raise CheckpointError(line(f"{tmp}", name, "was not written by this save", remedy))
         manifests.write(tmp, manifest)
         sync_folder(tmp)
         if not os.path.lexists(folder):
@@ -108,7 +109,7 @@ def read_back_errors(tmp: Path) -> Iterator[None]:
         yield
     except CheckpointError as error:
         rule = f"does not read back as written ({error})"
-        raise StorageError(line("checkpoint", tmp, rule, "look at the disk")) from error
+        raise StorageError(line(f"{tmp.parent}", tmp.name, rule, "look at the disk")) from error
 
 
 def _replace(tmp: Path, folder: Path, run_id: str) -> list[str]:

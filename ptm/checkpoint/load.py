@@ -62,9 +62,9 @@ def newest_good(
         return good._replace(rejected=tuple(rejected.items()))
     if not rejected:
         return None
-    reasons = " | ".join(rejected.values())
+    rule = "none is good: " + " | ".join(rejected.values())
     remedy = "restore one of them, or begin a new run in another run.dir"
-    raise CheckpointError(line("checkpoints", root, f"none is good: {reasons}", remedy))
+    raise CheckpointError(line(f"{root}", f"{len(rejected)} checkpoints", rule, remedy))
 
 
 def load(
@@ -94,8 +94,10 @@ def load(
         )
     except CheckpointException as error:  # torch's, a BaseException: rank -> (error, trace)
         rank, (cause, _) = min(error.failures.items())
-        rule = f"rank {rank} could not load it ({cause})"
-        raise CheckpointError(line("checkpoint", good.folder, rule, "see the log")) from cause
+        remedy = "report this"
+        raise CheckpointError(
+            line(f"{good.folder}", f"rank {rank}", f"could not load it ({cause!r})", remedy)
+        ) from cause
     except RuntimeError as error:
         raise lost(error) from error
     return good.manifest.meta
@@ -106,9 +108,9 @@ def check_fit(
 ) -> None:
     """Raise CheckpointError unless `state` is exactly what the checkpoint holds."""
     if manifest.holds != TRAINING and not weights_only:
-        rule = "holds weights and no optimizer states"
+        rule = "has no optimizer states"
         remedy = "start from it with train.init_from"
-        raise CheckpointError(line("checkpoint", folder, rule, remedy))
+        raise CheckpointError(line(f"{folder}", manifest.holds, rule, remedy))
     census = manifest.census
     if weights_only:
         census = {name: entry for name, entry in census.items() if name.startswith(MODEL)}

@@ -174,14 +174,14 @@ def read(folder: Path) -> Manifest:
     values = parse_object(raw, f"{folder}/{FILE}")
     if raw != _text(values) or values.pop(_HASH, None) != _digest(values):
         rule = "is damaged: its own hash does not match"
-        raise CheckpointError(line("manifest", folder / FILE, rule, "use another checkpoint"))
+        raise CheckpointError(line(f"{folder}", FILE, rule, "use another checkpoint"))
     version, needs = values.pop("format_version", None), values.pop("needs_ptm", None)
     if type(version) is not int or version < 1:
         raise _refused(folder, "format_version", version, "must be a count from 1")
     if version > VERSION:
         rule = f"this ptm reads up to {VERSION}"
         raise NewerFormat(
-            line(f"{folder.name} format_version", version, rule, f"use ptm {needs} or newer")
+            line(f"{folder} format_version", version, rule, f"use ptm {needs} or newer")
         )
     return _parse(folder, values)
 
@@ -193,7 +193,9 @@ def describe(file: SafetensorsFile, pieces: Mapping[str, tuple[int, str]]) -> Sh
     """
     if pieces.keys() != file.tensors.keys():
         odd = sorted(pieces.keys() ^ file.tensors.keys())[0]
-        raise CheckpointError(line(file.name, odd, "was not saved or not asked for", "save again"))
+        raise CheckpointError(
+            line(f"{file.folder}/{file.name}", odd, "was not saved or not asked for", "save again")
+        )
     header = read_header(file)
     found = {
         name: Piece(first_row, file.tensors[name].shape[0], file.tensors[name].start, digest)
@@ -271,9 +273,7 @@ def _bad(what: object, rule: str) -> CheckpointError:
 
 
 def _refused(folder: Path, key: str, value: object, rule: str) -> CheckpointError:
-    return CheckpointError(
-        line(f"{folder.name}/{FILE} {key}", value, rule, "use another checkpoint")
-    )
+    return CheckpointError(line(f"{folder}/{FILE} {key}", value, rule, "use another checkpoint"))
 
 
 def _text(values: dict[str, Any]) -> bytes:

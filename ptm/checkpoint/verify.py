@@ -103,30 +103,28 @@ def check_attachment(folder: Path, name: str, attached: Attachment) -> None:
     where = folder.joinpath(name)
     size = os.lstat(where).st_size
     if size != attached.size_bytes:
-        rule = f"must be {attached.size_bytes} bytes"
-        raise CheckpointError(line(f"{where} bytes", size, rule, REMEDY))
+        rule = f"must be {attached.size_bytes}"
+        raise CheckpointError(line(f"{folder}/{name}", f"{size} bytes", rule, REMEDY))
     if _hash(where.parent, where.name, 0, size) != attached.xxh3_128:
-        rule = "is damaged: its hash does not match"
-        raise CheckpointError(line("file", where, rule, REMEDY))
+        raise CheckpointError(line(f"{folder}", name, "its bytes are damaged", REMEDY))
 
 
 def _look(folder: Path, run_id: str | None) -> Manifest:
     # Names and kinds of all that lies in the folder, before anything but the manifest is opened.
     if not folder.is_dir():
-        raise CheckpointError(line("checkpoint", folder, "is no folder", REMEDY))
+        raise CheckpointError(line(f"{folder.parent}", folder.name, "is no folder", REMEDY))
     manifest = manifests.read(folder)
     if run_id is not None and manifest.run_id != run_id:
-        rule = f"is of run {manifest.run_id}, not of {run_id}"
-        raise OtherRun(line("checkpoint", folder, rule, REMEDY))
+        raise OtherRun(line(f"{folder} run", manifest.run_id, f"is not run {run_id}", REMEDY))
     wanted = {manifests.FILE, *manifest.files, *manifest.attachments}
     found = {}
     for name, mode in _walk(folder):
         if not stat.S_ISREG(mode):
-            raise CheckpointError(line("file", folder / name, "is a link or no file", REMEDY))
+            raise CheckpointError(line(f"{folder}", name, "is a link or no file", REMEDY))
         found[name] = mode
     for name in sorted(wanted ^ found.keys()):
         rule = "is missing" if name in wanted else "is not in the manifest"
-        raise CheckpointError(line("file", folder / name, rule, REMEDY))
+        raise CheckpointError(line(f"{folder}", name, rule, REMEDY))
     return manifest
 
 
@@ -165,8 +163,8 @@ def _read_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        rule = f"cannot be read ({error.strerror or error})"
-        raise CheckpointError(line("checkpoint", folder, rule, REMEDY)) from error
+        found = error.strerror or str(error)
+        raise CheckpointError(line(f"{folder}", found, "cannot be read", REMEDY)) from error
 
 
 def _hash(folder: Path, name: str, start: int, num_bytes: int) -> str:

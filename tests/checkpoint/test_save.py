@@ -274,14 +274,14 @@ def test_preflight_warns_and_refuses(tmp_path: Path) -> None:
     assert preflight(root, free // 100, keep=3) is None
     warning = preflight(root, free // 3, keep=3)
     assert warning is not None and "checkpoint.keep=3" in warning
-    with pytest.raises(StorageError, match="needs .* and the disk has"):
+    with pytest.raises(StorageError, match="free=.*: a checkpoint needs"):
         preflight(root, 2 * free, keep=1)
     assert not root.exists()
 
 
 def test_a_save_without_room_writes_nothing(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 100})())
-    with pytest.raises(StorageError, match="the disk has"):
+    with pytest.raises(StorageError, match="free=100 B: a checkpoint needs"):
         saver(tmp_path).save(whole(1), step=1, meta={}, block=True)
     assert os.listdir(tmp_path) == []
 
