@@ -45,17 +45,15 @@ def open_file(folder: Path, name: str) -> Iterator[int]:
         descriptor = os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
         raise CheckpointError(
-            line("file", f"{folder}/{name}", "is missing", "get the whole folder again")
+            line(name, folder, "is missing", "get the whole folder again")
         ) from None
     except OSError as error:
         raise CheckpointError(
-            line("file", f"{folder}/{name}", f"cannot be opened ({error.strerror})", "mend it")
+            line(name, folder, f"cannot be opened ({error.strerror})", "mend it")
         ) from None
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise CheckpointError(
-                line("file", f"{folder}/{name}", "is not a regular file", "remove it")
-            )
+            raise CheckpointError(line(name, folder, "is not a regular file", "remove it"))
         yield descriptor
     finally:
         os.close(descriptor)
@@ -104,9 +102,12 @@ def parse_object(raw: bytes, where: str, most_lists: int = MAX_LISTS) -> dict[st
 
 def pread(descriptor: int, num_bytes: int, offset: int, where: str) -> bytes:
     """Exactly `num_bytes` at `offset`. Raises CheckpointError when the file is shorter."""
-    buffer = bytearray(num_bytes)
-    pread_into(descriptor, memoryview(buffer), offset, where)
-    return bytes(buffer)
+    found = os.pread(descriptor, num_bytes, offset)
+    if len(found) < num_bytes:  # the end of the file, or a read longer than the system does at once
+        rest = bytearray(num_bytes - len(found))
+        pread_into(descriptor, memoryview(rest), offset + len(found), where)
+        found += rest
+    return found
 
 
 def pread_into(descriptor: int, buffer: memoryview, offset: int, where: str) -> None:
