@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -292,3 +293,40 @@ def test_refuses(folder: Path, case: str) -> None:
     with pytest.raises(CheckpointError, match=message) as caught:
         open_hf(folder)
     assert "\n" not in str(caught.value) and caught.value.exit_code == 4
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", INDEX])
+def test_mutated_files_are_refused_or_read_but_never_crash(folder: Path, name: str) -> None:
+    # The header only: a published folder has no hashes, so a changed weight is another weight.
+    if name == INDEX:
+        shard(folder)
+    whole = (folder / name).read_bytes()
+    size = len(whole) if name != "model.safetensors" else 8 + int.from_bytes(whole[:8], "little")
+    tokens = [
+        b'"',
+        b"{",
+        b"}",
+        b"[",
+        b"-",
+        b"1e9",
+        b"null",
+        b"true",
+        b"9" * 30,
+        b"\x00",
+        b"\xff",
+        b"",
+    ]
+    outcomes = set()
+    for seed in range(300):
+        draw = random.Random(seed)
+        start = draw.randrange(size)
+        stop = min(size, start + draw.choice((0, 1, 1, 1, 8)))
+        bad = whole[:start] + draw.choice(tokens) + whole[stop:]
+        (folder / name).write_bytes(bad)
+        try:
+            open_hf(folder)
+            outcomes.add("read")
+        except CheckpointError as error:
+            assert str(error).isprintable(), seed
+            outcomes.add("refused")
+    assert "refused" in outcomes
