@@ -38,9 +38,10 @@ def plan(recipe: Recipe) -> None:
 
 def generate(job: GenerateJob) -> None:
     """Stream a continuation of the prompt to stdout."""
-    opened = open_model(model_folder(job.run, job.step))
+    folder = model_folder(job.run, job.step)
+    opened = open_model(folder)
     tokenizer = load_tokenizer(opened.tokenizer)
-    model = module_of(opened).to(best_device())
+    model = module_of(opened, folder).to(best_device())
     sampling = Sampling(job.prompt, job.max_new_tokens, job.temperature, job.top_p, job.seed)
     for text in stream_text(model, tokenizer, sampling):
         print(text, end="", flush=True)
@@ -53,7 +54,7 @@ def evaluate(job: EvalJob) -> None:
     opened = open_model(folder)
     tokenizer_folder = opened.tokenizer
     mesh = open_mesh(600)
-    model = module_of(opened).to(mesh.device)
+    model = module_of(opened, folder).to(mesh.device)
     corpus, seq_len = _text(job, Path(job.run), tokenizer_folder, model)
     batches = Batches(
         corpus.held_out,

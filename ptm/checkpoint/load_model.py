@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ptm.checkpoint.hf import Opened
 from ptm.checkpoint.open_model import open_model
 from ptm.checkpoint.source import all_rows, check_shapes, stream
 from ptm.common.errors import RecipeError, line
@@ -38,6 +39,16 @@ def load_model(
     opened = open_model(Path(folder))
     for note in opened.notes:
         logger.warning(note)
+    return module_of(opened, folder, rope, dtype)
+
+
+def module_of(
+    opened: Opened,
+    folder: Path | str,
+    rope: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Transformer:
+    """`load_model` of a folder that is open already."""
     config = opened.model
     if rope is not None:
         config = dataclasses.replace(config, rope_mode=RopeMode(rope))
