@@ -2,9 +2,9 @@
 
     attention       a tiny attention among the experts scores them (Yuan2.0-M32, arXiv 2405.17976)
     linear          one linear score per expert: the classical router
-    shared_expert   Qwen1.5-MoE's: every token visits the last expert, weighted by the sigmoid of
-                    its own gate; a linear router picks the others, weighted by their softmax over all,
-                    not renormalised (a single chosen expert would get no gradient otherwise)
+    shared_expert   Qwen1.5-MoE's: every token visits the last expert, weighted by the sigmoid of its
+                    own gate; a linear router picks the others, weighted by their softmax over all
+                    (not renormalised: a single chosen expert would teach the router nothing)
 
 All score in fp32 after a product in the model's type, drop no token, and have no auxiliary loss. A
 shared expert is an ordinary expert that is always among the active, so the three have the same
@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ptm.kernels.router import attention_router, top_experts
+from ptm.kernels.router import Chosen, attention_router, top_experts
 from ptm.model.config import ModelConfig, RouterKind
 
 
@@ -50,10 +50,15 @@ class AttentionRouter(nn.Module):
         self.value = nn.Linear(config.hidden_size, config.num_experts, bias=False)
 
     def forward(self, x_TD: Tensor) -> Routing:
+        chosen = self.choose(x_TD)
+        counts_E = _counts(chosen.ids_TA, self.query.out_features)
+        return Routing(chosen.ids_TA, chosen.weights_TA, counts_E)
+
+    def choose(self, x_TD: Tensor) -> Chosen:
+        """The choice with the scores of all experts."""
         weight = torch.cat([self.query.weight, self.key.weight, self.value.weight])
         query, key, value = _wide(F.linear(x_TD, weight)).chunk(3, dim=-1)
-        chosen = attention_router(query, key, value, self.num_active)
-        return Routing(chosen.ids_TA, chosen.weights_TA, _counts(chosen.ids_TA, query.shape[-1]))
+        return attention_router(query, key, value, self.num_active)
 
 
 class LinearRouter(nn.Linear):

@@ -1,0 +1,104 @@
+"""Generation: with and without the cache, in any pieces, padded, sampled."""
+
+import pytest
+import torch
+
+from ptm.model.generate import pick
+from tests.support.compare import distance
+from tests.support.tiny import documents, packed, tiny_model
+
+
+def prompt(B: int = 3, L: int = 17):
+    return torch.randint(96, (B, L), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("pieces", [[1] * 24, [24], [1, 23], [2, 3, 19], [17, 1, 1, 5]], ids=str)
+def test_a_cache_may_be_fed_in_any_pieces(pieces):
+    model, ids = tiny_model(), prompt(L=24)
+    cache = model.new_cache()
+    with torch.no_grad():
+        parts = [model(part, cache=cache) for part in ids.split(pieces, dim=1)]
+        assert distance(torch.cat(parts, dim=1), model(ids)) <= 1e-5
+    assert cache.length == 24
+
+
+def test_documents_and_padding_go_on_through_the_cache():
+    model = tiny_model()
+    rows = [documents(9, 11, 10, seed=1), documents(20, 4, 6, seed=2)]
+    batch = packed(rows)
+    documents_BL = batch.document_ids.masked_fill(batch.document_ids == 0, -1)  # filler in front
+    cache = model.new_cache()
+    with torch.no_grad():
+        parts = [
+            model(ids, document_ids_BL=docs, cache=cache)
+            for ids, docs in zip(batch.input_ids.split(7, 1), documents_BL.split(7, 1))
+        ]
+        whole = model(batch.input_ids, document_ids_BL=documents_BL)
+    real = documents_BL >= 0
+    assert distance(torch.cat(parts, dim=1)[real], whole[real]) <= 1e-5
+
+
+def test_cached_and_uncached_agree():
+    model = tiny_model()
+    for options in ({}, {"temperature": 0.8, "top_p": 0.9, "seed": 3}):
+        cached = model.generate(prompt(), 12, **options)
+        assert torch.equal(cached, model.generate(prompt(), 12, use_cache=False, **options))
+        assert cached.shape == (3, 29) and torch.equal(cached[:, :17], prompt())
+
+
+def test_left_padding_does_not_change_the_continuation():
+    model = tiny_model()
+    ids = prompt(B=2)
+    mask = torch.ones_like(ids)
+    mask[1, :6] = 0
+    for use_cache in (True, False):
+        both = model.generate(ids, 10, attention_mask=mask, use_cache=use_cache)
+        assert torch.equal(both[:1], model.generate(ids[:1], 10))
+        assert torch.equal(both[1:, 6:], model.generate(ids[1:, 6:], 10))
+
+
+def test_stops_when_every_row_has_ended():
+    model, ids = tiny_model(), prompt()
+    free = model.generate(ids, 12)
+    eos = int(free[0, 19])  # the third new token of row 0
+    stopped = model.generate(ids, 12, eos_id=eos)
+    for row, without in zip(stopped[:, 17:], free[:, 17:]):
+        ends = (without == eos).nonzero().flatten().tolist()
+        end = ends[0] + 1 if ends else 12
+        assert torch.equal(row[:end], without[:end][: len(row)])
+        assert (row[end:] == eos).all()
+    alone = model.generate(ids[:1], 12, eos_id=eos)
+    assert alone.shape[1] == 17 + free[0, 17:].tolist().index(eos) + 1
+
+
+def test_a_seed_means_the_same_draws_and_leaves_torch_alone():
+    model = tiny_model()
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    draws = [model.generate(prompt(), 8, temperature=1.0, seed=seed) for seed in (1, 1, 2)]
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_streams_what_it_generates_and_keeps_the_mode():
+    model = tiny_model().train()
+    tokens = list(model.stream(prompt(), 5))
+    assert model.training and model.take_expert_counts().sum() == 0
+    assert torch.equal(torch.stack(tokens, dim=1), model.generate(prompt(), 5)[:, 17:])
+    assert not tokens[0].requires_grad
+
+
+def test_top_p_keeps_the_smallest_set_that_holds_the_mass():
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().repeat(4000, 1)
+    for top_p, kept in (
+        (1e-6, {0}),
+        (0.5, {0}),
+        (0.51, {0, 1}),
+        (0.9, {0, 1, 2}),
+        (1.0, {0, 1, 2, 3}),
+    ):
+        generator = torch.Generator().manual_seed(0)
+        drawn = pick(logits, temperature=1.0, top_p=top_p, generator=generator)
+        assert set(drawn.tolist()) == kept
+    share = (pick(logits, temperature=0.5, top_p=1.0, generator=generator) == 0).float().mean()
+    assert abs(share - 0.25 / (0.25 + 0.09 + 0.0225 + 0.0025)) < 0.03
