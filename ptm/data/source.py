@@ -97,7 +97,7 @@ def _walk(folder: Path, prefix: str, above: frozenset[tuple[int, int]]) -> Itera
     above |= {(info.st_dev, info.st_ino)}
     for entry in os.scandir(folder):
         name, path = prefix + entry.name, Path(entry.path)
-        if not entry.is_dir():  # also a broken link
+        if not os.path.isdir(path):  # also a broken link
             yield from _named(path, name)
         elif (entry.stat().st_dev, entry.stat().st_ino) in above:
             yield File(name, str(path), "", 0, 0, "symbolic link loop")

@@ -144,8 +144,6 @@ class _Base:
                 raise
             why = " ".join(str(e).split())[:200]
             raise _error(path, f"not a usable {self.file_name}: {why}") from None
-        if not 0 < self.vocab_size <= MAX_VOCAB:
-            raise _error(path, f"its ids go up to {self.vocab_size}, beyond {MAX_VOCAB}")
         if self.eod_id < 0:
             raise _error(path, f"has no end of document token ({', '.join(EOD_NAMES)})")
         names = sorted(self.specials, key=len, reverse=True)
@@ -196,11 +194,13 @@ class BytePair(_Base):
         self.rust.encode_special_tokens = True  # special names in a document stay characters
         added = self.rust.get_added_tokens_decoder()
         self.vocab_size = 1 + max([*self.rust.get_vocab(True).values(), *added], default=-1)
+        if not 0 < self.vocab_size <= MAX_VOCAB:
+            raise ValueError(f"its ids go up to {self.vocab_size - 1}, beyond {MAX_VOCAB}")
         self.specials = {t.content: i for i, t in added.items() if t.special and t.content}
         self._find_specials(self.rust.token_to_id)
-        # A file can be read and still fail on every text (a missing <unk>, a bad pattern).
+        # A damaged file can be read and still fail on every text.
         self._plain("a b\n1")
-        self.decode([0])
+        self.decode(range(self.vocab_size))
 
     def _plain(self, text: str) -> list[int]:
         return self.rust.encode(text, add_special_tokens=False).ids
@@ -240,7 +240,10 @@ class SentencePiece(_Base):
             if self.processor.is_control(i):
                 self.specials[self.processor.id_to_piece(i)] = i
         self._find_specials(self._id_of)
+        # A damaged file can be read and still hold pieces that are no text.
         self._plain("a b\n1")
+        self.decode(range(self.vocab_size))
+        self.token_bytes()
 
     def _id_of(self, name: str) -> int | None:
         i = self.processor.piece_to_id(name)  # the id of <unk> when there is no such piece
