@@ -8,9 +8,9 @@ Three precisions of the angle are in use for the same model, and they differ by 
 1000:
 
     fp32       everything in fp32. For new training.
-    megatron   frequencies rounded to bf16, the rest in fp32: how the published weights were trained.
-    hf_bf16    frequencies, positions, their product, cosine and sine rounded to bf16, and base 10000
-               whatever the recipe says: what the published Hugging Face code computes, where 16384
+    megatron   frequencies rounded to bf16, the rest in fp32: how published weights were trained.
+    hf_bf16    frequencies, positions, their product, cosine and sine rounded to bf16, and the base
+               10000 whatever the recipe says: the published Hugging Face code, where 16384
                positions collapse to 1025.
 
 The turn itself is done in fp32 and cast back. `rope` also moves heads in front of positions, which

@@ -2,9 +2,9 @@
 
     attention       a tiny attention among the experts scores them (Yuan2.0-M32, arXiv 2405.17976)
     linear          one linear score per expert: the classical router
-    shared_expert   Qwen1.5-MoE's: every token visits the last expert, weighted by the sigmoid of its
-                    own gate; a linear router picks the others, weighted by their softmax over all
-                    (not renormalised: a single chosen expert would teach the router nothing)
+    shared_expert   Qwen1.5-MoE's: every token visits the last expert, weighted by the sigmoid of
+                    its own gate; a linear router picks the others, weighted by their softmax over
+                    all (not renormalised: a single chosen expert would teach the router nothing)
 
 All score in fp32 after a product in the model's type, drop no token, and have no auxiliary loss. A
 shared expert is an ordinary expert that is always among the active, so the three have the same
