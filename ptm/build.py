@@ -196,7 +196,7 @@ def _build_model(recipe: Recipe, mesh: Mesh) -> tuple[Transformer, Zero1Engine]:
     dtype = DTYPES[recipe.train.precision]
     model = Transformer(recipe.model, dtype=dtype, device=mesh.device)
     if recipe.train.recompute is Recompute.block:
-        recompute_blocks(model)
+        recompute_blocks(model.model.layers)
     update = functools.partial(adamw, config=recipe.optim)
     engine = Zero1Engine(
         model, mesh=mesh, config=recipe.engine, update=update, clip=recipe.train.clip
