@@ -40,16 +40,17 @@ from ptm.engine.zero1 import Zero1Engine
 from ptm.eval.perplexity import held_out
 from ptm.mesh.mesh import Mesh, open_mesh
 from ptm.mesh.peers import Peers
-from ptm.model.config import flops_per_token
+from ptm.model.config import ModelConfig, Scale, flops_per_token
 from ptm.model.init import new_weight
 from ptm.model.transformer import Transformer
 from ptm.optim.adamw import adamw
 from ptm.parallel.recompute import recompute_blocks
 from ptm.planner.explain import plan_run
-from ptm.recipe import Recipe, describe_difference
+from ptm.recipe import Recipe, describe_difference, load_recipe
+from ptm.recipe_files import shipped
 from ptm.report.html import write_report
 from ptm.serve.generator import Sampling, stream_text
-from ptm.trainer.config import Precision, Recompute
+from ptm.trainer.config import Precision, Recompute, TrainConfig
 from ptm.trainer.loop import Run, fit
 from ptm.trainer.metrics import Metrics
 from ptm.trainer.objectives import OBJECTIVES, ObjectiveKind
@@ -75,9 +76,26 @@ def train(recipe: Recipe) -> None:
         finish(recipe, parts)
 
 
-def make_plan(recipe: Recipe) -> Plan:
-    """The plan on this machine. Raises PlanError, with a table, when it does not fit."""
-    return plan_run(recipe.model, recipe.train, recipe.engine, recipe.checkpoint, ranks=env.ranks())
+def make_plan(recipe: Recipe, *, ranks: env.Ranks | None = None, hardware: str | None = None) -> Plan:
+    """The plan on this machine, or a described one. Raises PlanError, with a table, if it does not fit."""
+    return plan_run(
+        recipe.model,
+        recipe.train,
+        recipe.engine,
+        recipe.checkpoint,
+        ranks=ranks or env.ranks(),
+        hardware=hardware,
+        folders=[path.parent / "hardware" for path in list(shipped().values())[:1]],
+        others=_other_scales(recipe),
+    )
+
+
+def _other_scales(recipe: Recipe) -> Iterator[tuple[str, ModelConfig, TrainConfig]]:
+    for scale in (Scale.full, Scale.mini, Scale.debug):
+        if scale is not recipe.model.scale:
+            word = f"model.scale={scale}"
+            other = load_recipe([f"recipe={recipe.recipe}", word])
+            yield word, other.model, other.train
 
 
 @dataclass

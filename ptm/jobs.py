@@ -55,6 +55,16 @@ class ReportJob:
 
 
 @config
+class PlanJob(Recipe):
+    ranks: int | None = ranged(None, least=1, most=1_000_000)
+    "Ranks to plan for; null is as started (1, or torchrun's number)."
+    ranks_per_machine: int = ranged(8, least=1, most=1024)
+    "Ranks that share one machine's memory, when ranks is given."
+    hardware: str | None = None
+    "Machine to plan for: a name of recipes/hardware, or a .yaml file; null is this one."
+
+
+@config
 class DataJob(Recipe):
     action: DataAction
     "prepare: tokenize into the cache; check: list bad rows; show: print a row as the model gets it."

@@ -21,19 +21,23 @@ from ptm.data.config import DataConfig
 from ptm.data.corpus import Corpus, open_corpus
 from ptm.data.tokenizer import load_tokenizer
 from ptm.eval.perplexity import held_out
-from ptm.jobs import BenchJob, DataJob, EvalJob, GenerateJob, ReportJob
+from ptm.jobs import BenchJob, DataJob, EvalJob, GenerateJob, PlanJob, ReportJob
 from ptm.mesh.mesh import open_mesh
 from ptm.model.transformer import Transformer
-from ptm.recipe import Recipe, load_recipe
+from ptm.recipe import load_recipe
 from ptm.report.html import write_report
 from ptm.serve.generator import Sampling, stream_text
 
 BENCHES = {"router": router.run}
 
 
-def plan(recipe: Recipe) -> None:
+def plan(job: PlanJob) -> None:
     """Print the plan, or leave with code 3."""
-    print(make_plan(recipe).text(), end="")
+    ranks = None
+    if job.ranks is not None:
+        ranks = env.Ranks(0, job.ranks, 0, min(job.ranks, job.ranks_per_machine))
+    if env.ranks().rank == 0:
+        print(make_plan(job, ranks=ranks, hardware=job.hardware).text(), end="")
 
 
 def generate(job: GenerateJob) -> None:
