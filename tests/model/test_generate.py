@@ -57,18 +57,20 @@ def test_left_padding_does_not_change_the_continuation():
         assert torch.equal(both[1:, 6:], model.generate(ids[1:, 6:], 10))
 
 
-def test_stops_when_every_row_has_ended():
+def test_a_row_that_has_ended_stays_so_and_the_last_one_stops_all():
     model, ids = tiny_model(), prompt()
-    free = model.generate(ids, 12)
-    eos = int(free[0, 19])  # the third new token of row 0
-    stopped = model.generate(ids, 12, eos_id=eos)
-    for row, without in zip(stopped[:, 17:], free[:, 17:]):
-        ends = (without == eos).nonzero().flatten().tolist()
-        end = ends[0] + 1 if ends else 12
-        assert torch.equal(row[:end], without[:end][: len(row)])
-        assert (row[end:] == eos).all()
-    alone = model.generate(ids[:1], 12, eos_id=eos)
-    assert alone.shape[1] == 17 + free[0, 17:].tolist().index(eos) + 1
+    options = {"temperature": 1.0, "seed": 4}
+    free = model.generate(ids, 12, **options)[:, 17:]
+    eos = int(free[0, 2])
+    assert not (free[:, :2] == eos).any() and not (free[1:] == eos).all(dim=0).any()
+    stopped = model.generate(ids, 12, eos_id=eos, **options)[:, 17:]
+    assert torch.equal(stopped[0, :3], free[0, :3]) and (stopped[0, 3:] == eos).all()
+    assert stopped.shape[1] == 12 and (free[0, 3:] != eos).any()
+    greedy = model.generate(ids[:1], 12)[:, 17:]
+    first = int(greedy[0, 4])
+    short = model.generate(ids[:1], 12, eos_id=first)[:, 17:]
+    assert short.shape[1] == greedy[0].tolist().index(first) + 1
+    assert torch.equal(short[0], greedy[0, : short.shape[1]])
 
 
 def test_a_seed_means_the_same_draws_and_leaves_torch_alone():
