@@ -4,17 +4,21 @@ A verb is a row of VERBS; what it imports is loaded when it is asked for, so a w
 answered in well under a second. Every failure ends here, as one line on stderr and an exit code
 (ptm/common/errors.py). With several ranks:
 
-- an error in the words or the recipe is the same on every rank. Rank 0 prints it; the others wait
-  for it to do so, because torchrun's agent ends all ranks as soon as one has left, and leave with
-  the same code in silence;
+- an error in the words or the recipe, and a stop with everything saved, are the same on every
+  rank. Rank 0 prints them; the others wait until it has, because torchrun's agent ends all ranks as
+  soon as one has left, and leave with the same code in silence;
 - an error of the job that ptm foresaw is most often the same everywhere too, so other ranks give
-  rank 0 a few seconds; if they are still alive then, the error is theirs alone and they print it
-  behind `[rank/world]`;
-- anything else is printed by each rank it happens to, at once. Its full trace goes to a file."""
+  rank 0 a few seconds to print it; if it does not, they print it behind `[rank/world]`;
+- anything else is printed by each rank it happens to, at once. Its full trace goes to a file.
+
+Rank 0 tells that it has spoken by a file in the folder that the agent made for this start.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import functools
 import importlib
 import os
 import select
@@ -22,7 +26,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import ptm
@@ -35,8 +40,8 @@ EXIT_DISK = 74
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
 
-SAME_EVERYWHERE_S = 30.0  # how long a rank lets rank 0 print first; the agent ends it earlier
-MAYBE_MINE_S = 5.0
+SAME_EVERYWHERE_S = 30.0  # how long a rank waits at most for rank 0 to print the same error
+MAYBE_MINE_S = 5.0  # and an error that may be its own
 SHUTDOWN_S = 20.0  # a thread that does not end is given this long after a failure
 
 _DISK_ERRORS = {
@@ -55,19 +60,11 @@ class Verb(NamedTuple):
     positionals: tuple[str, ...] = ()
 
 
-BENCHES = {
-    "router": Verb(
-        "Train the three routers on equal terms and compare their losses.",
-        "ptm.bench.router:RouterBench",
-        "ptm.bench.router:run",
-    ),
-}
-
-VERBS: dict[str, Verb | dict[str, Verb]] = {
+VERBS = {
     "train": Verb("Train a recipe.", "ptm.recipe:Recipe", "ptm.build:train"),
     "plan": Verb(
         "Show what a recipe needs on this machine, and whether it fits.",
-        "ptm.recipe:Recipe",
+        "ptm.jobs:PlanJob",
         "ptm.verbs:plan",
     ),
     "eval": Verb(
@@ -79,7 +76,7 @@ VERBS: dict[str, Verb | dict[str, Verb]] = {
     "generate": Verb("Continue a prompt.", "ptm.jobs:GenerateJob", "ptm.verbs:generate", ("run",)),
     "convert": Verb(
         "Published checkpoints to ptm's and back, bit for bit.",
-        "ptm.export.convert:ConvertConfig",
+        "ptm.export.config:ConvertConfig",
         "ptm.export.convert:convert",
         ("source", "out"),
     ),
@@ -89,7 +86,7 @@ VERBS: dict[str, Verb | dict[str, Verb]] = {
     "report": Verb(
         "One HTML file about a run.", "ptm.jobs:ReportJob", "ptm.verbs:report", ("run",)
     ),
-    "bench": BENCHES,
+    "bench": Verb("Measure: router.", "ptm.jobs:BenchJob", "ptm.verbs:bench", ("name",)),
 }
 
 
@@ -129,25 +126,21 @@ def run(words: list[str]) -> int:
 
 def _parse(words: list[str]) -> Callable[[], int | None]:
     """What the words ask for, as a call."""
-    if words[:1] == ["--version"]:
-        return lambda: _show(f"ptm {ptm.__version__}")
-    name, verb, rest = "ptm", VERBS, words
-    while isinstance(verb, dict):
-        if not rest or rest[0] in ("-h", "--help"):
-            page = _overview(name, verb)
-            return lambda: _show(page)
-        if rest[0] not in verb:
-            near = nearest(rest[0], verb)
-            guess = f"{name} train {rest[0]}" if "=" in rest[0] and verb is VERBS else ""
-            guess = guess or (f"{name} {near[0]}" if near else f"{name} --help")
-            rule = f"{name} has {', '.join(verb)}"
-            raise RecipeError(line("verb", rest[0], rule, f"did you mean {guess}?"))
-        name, verb, rest = f"{name} {rest[0]}", verb[rest[0]], rest[1:]
+    if not words or words[0] in ("-h", "--help"):
+        return functools.partial(_show, _overview())
+    if words[0] == "--version":
+        return functools.partial(_show, f"ptm {ptm.__version__}")
+    name, *rest = words
+    if name not in VERBS:
+        near = nearest(name, VERBS)
+        guess = f"ptm train {name}" if "=" in name else f"ptm {near[0] if near else '--help'}"
+        rule = f"no such verb, there are {', '.join(VERBS)}"
+        raise RecipeError(line("verb", name, rule, f"did you mean {guess}?"))
+    verb = VERBS[name]
     if "-h" in rest or "--help" in rest:
-        page = _page(name, verb)
-        return lambda: _show(page)
-    config, job = _config(verb, rest), verb.job
-    return lambda: load(job)(config)
+        return functools.partial(_show, _page(name, verb))
+    config = _config(verb, rest)
+    return lambda: load(verb.job)(config)  # its imports are part of the job
 
 
 def _config(verb: Verb, words: list[str]) -> Any:
@@ -167,18 +160,20 @@ def load(target: str) -> Any:
     return getattr(importlib.import_module(module), attribute)
 
 
-def _overview(name: str, verbs: Mapping[str, Verb | dict[str, Verb]]) -> str:
-    rows = []
-    for key, verb in verbs.items():
-        summary = f"Measure: {', '.join(verb)}." if isinstance(verb, dict) else verb.summary
-        rows.append(f"  {key:{max(map(len, verbs))}}  {summary}")
-    lines = [f"usage: {name} VERB [key=value ...]", "", *rows, ""]
-    if verbs is VERBS:
-        from ptm.recipe_files import shipped
+def _overview() -> str:
+    from ptm.recipe_files import shipped
 
-        lines.insert(1, "       torchrun --nproc-per-node N launch/VERB.py [key=value ...]")
-        lines.append(f"recipes: {', '.join(shipped())}")
-    return "\n".join([*lines, f"{name} VERB --help lists every key of a verb."])
+    width = max(map(len, VERBS))
+    lines = [
+        "usage: ptm VERB [key=value ...]",
+        "       torchrun --nproc-per-node N launch/VERB.py [key=value ...]",
+        "",
+        *(f"  {name:{width}}  {verb.summary}" for name, verb in VERBS.items()),
+        "",
+        f"recipes: {', '.join(shipped())}",
+        "ptm VERB --help lists every key of a verb.",
+    ]
+    return "\n".join(lines)
 
 
 def _page(name: str, verb: Verb) -> str:
@@ -196,7 +191,7 @@ def _page(name: str, verb: Verb) -> str:
         )
     return help_text(
         schema_of(cls),
-        usage=" ".join([name, *map(str.upper, verb.positionals), "[key=value ...]"]),
+        usage=" ".join(["ptm", name, *map(str.upper, verb.positionals), "[key=value ...]"]),
         summary=summary,
         aliases=NAMES.aliases if is_recipe else None,
     )
@@ -249,19 +244,34 @@ def _causes(error: BaseException) -> list[BaseException]:
 def _complain(message: str, code: int, *, wait_s: float = 0.0, is_same: bool = False) -> None:
     """Print the one line of a failure, as the module's docstring says for several ranks."""
     me = env.ranks()
+    folder = env.folder_of_ranks()
+    said = folder / "rank-0-said-why" if folder else None
     if me.rank:
-        if me.rank == me.local_rank:  # rank 0 is under the same agent
-            _wait_to_be_ended(wait_s, code)
-        if is_same:
+        is_with_rank_0 = me.rank == me.local_rank  # under the same agent
+        if is_with_rank_0 and _rank_0_speaks(said, wait_s, code) or is_same:
             return
         message = f"[{me.rank}/{me.world}] {message}"
     print(message, file=sys.stderr, flush=True)
+    if me.rank == 0 and said is not None:
+        with contextlib.suppress(OSError):  # the others then wait for their time
+            said.touch()
 
 
-def _wait_to_be_ended(seconds: float, code: int) -> None:
+def _rank_0_speaks(said: Path | None, wait_s: float, code: int) -> bool:
+    """Wait until rank 0 has printed its own failure; False if it did not in time.
+
+    Only an agent ends a rank for another one's sake, so there is nothing to wait for without one.
+    """
+    if said is None:
+        return False
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, lambda *_: os._exit(code))
-    time.sleep(seconds)
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(code))  # rank 0 is gone
+    ends = time.monotonic() + wait_s
+    while time.monotonic() < ends:
+        if said.exists():
+            return True
+        time.sleep(0.05)
+    return False
 
 
 def _is_stdout_closed() -> bool:

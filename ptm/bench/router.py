@@ -95,7 +95,7 @@ def _train(bench: BenchJob, arm: Arm, seed: int) -> dict[str, Any]:
         "log.wandb=off",
         "log.progress=off",
     ]
-    command = [sys.executable, "-m", "ptm.cli", "train", *words]
+    command = [sys.executable, "-m", "ptm", "train", *words]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]

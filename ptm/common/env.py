@@ -41,6 +41,12 @@ def under_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
+def folder_of_ranks() -> Path | None:
+    """A private folder of this start of the job, made by torchrun's agent for this node's ranks."""
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    return Path(error_file).parents[1] if error_file else None
+
+
 def torch_log_level() -> str | None:
     """The level of torchrun's own log, if the user wants to see it."""
     return os.environ.get("LOGLEVEL")

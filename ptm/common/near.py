@@ -14,16 +14,18 @@ MOST = 3  # suggestions in one message
 
 
 def nearest(word: str, known: Iterable[str]) -> list[str]:
-    """Up to MOST known words at the least distance, if it is at most 2 or a third of the word."""
-    limit = max(2, len(word) // 3)
+    """Up to MOST known words at the least distance, which is at most a third of their letters."""
     word = word[:200]
+    least = len(word)
     best: list[str] = []
     for candidate in known:
+        limit = min(least, max(1, min(len(word), len(candidate)) // 3))
         d = distance(word, candidate, limit)
-        if d < limit:
-            limit, best = d, []
-        if d == limit:
-            best.append(candidate)
+        if d > limit:
+            continue
+        if d < least:
+            least, best = d, []
+        best.append(candidate)
     return best[:MOST]
 
 

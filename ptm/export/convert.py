@@ -31,26 +31,10 @@ from ptm.checkpoint.manifest import write_file
 from ptm.checkpoint.open_model import open_model
 from ptm.checkpoint.shards import new_folder
 from ptm.checkpoint.weights import write_checkpoint
-from ptm.common.config import Choice, config, ranged
 from ptm.data.tokenizer import load_tokenizer
+from ptm.export.config import ConvertConfig, Stored, Target
 from ptm.model.config import num_parameters
 from ptm.model.hf_names import Layout
-
-
-class Target(Choice):
-    """What a conversion writes."""
-
-    ptm = "ptm"
-    hf = "hf"
-
-
-class Stored(Choice):
-    """Number formats of stored weights."""
-
-    fp32 = "fp32"
-    bf16 = "bf16"
-    fp16 = "fp16"
-
 
 _DTYPES = {
     Stored.fp32: torch.float32,
@@ -58,22 +42,6 @@ _DTYPES = {
     Stored.fp16: torch.float16,
 }
 TOKENIZER_CONFIG = "tokenizer_config.json"
-
-
-@config
-class ConvertConfig:
-    source: str
-    "Folder to read: a published Hugging Face folder, a run, or one of its checkpoints."
-    out: str
-    "Folder to write; it must be new or empty."
-    to: Target = Target.ptm
-    "What to write: ptm (a checkpoint, for training and ptm's verbs) or hf (a published folder)."
-    layout: Layout | None = None
-    "Names in a published folder: hf, hf2, or null for those of the folder it came from, else hf."
-    dtype: Stored | None = None
-    "Number format of the weights written; null keeps every bit as it is."
-    shard_bytes: int = ranged(5 * 2**30, least=2**20)
-    "Most bytes in one file, unless one tensor is larger."
 
 
 def convert(config: ConvertConfig) -> None:
