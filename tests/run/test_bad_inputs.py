@@ -216,7 +216,7 @@ def test_bad_input(
     said = capfd.readouterr().err.strip().splitlines()
     said = [line for line in said if not line.startswith(("data:", "tokenizing"))]
     assert len(said) == 1, said
-    assert re.match(r"[\w./ -]+=.*: .+; .+", said[0]), said
+    assert re.match(r"[\w./: -]+=.*: .+; .+", said[0]), said
     assert not (tmp_path / "canary").exists() and not (tmp_path / "never").exists()
     assert not (tmp_path / "out" / "manifest.json").exists()
 
