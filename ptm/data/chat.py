@@ -76,6 +76,7 @@ class ChatTemplate:
 
     def prompt(self, messages: Sequence[dict[str, Any]]) -> str:
         """The text after which the model answers. Raises: DataError."""
+        _check(messages)
         [answer] = self._render(messages, [(len(messages), True)])
         return _text(answer)
 
@@ -84,6 +85,7 @@ class ChatTemplate:
 
         Raises: DataError when the template is unusable or no mask can be told.
         """
+        _check(messages)
         whole = len(messages)
         turns = [i for i, message in enumerate(messages) if message.get("role") == "assistant"]
         if not turns:
@@ -113,9 +115,10 @@ class ChatTemplate:
 
         Raises: DataError.
         """
+        _check(messages)
         for message in messages:
             for name in tokenizer.specials:
-                if name in str(message.get("content")):
+                if name in message["content"]:
                     raise _error(f"a message spells the special token {name}", "leave it out")
         ids: list[int] = []
         mask: list[bool] = []
@@ -137,9 +140,6 @@ class ChatTemplate:
         self.close()
 
     def _render(self, messages: Sequence[dict[str, Any]], renders: Any) -> list[dict[str, Any]]:
-        for message in messages:
-            if not (isinstance(message, dict) and isinstance(message.get("content"), str)):
-                raise _error("a message is not {role, content} of strings", "leave it out")
         if self.child is None:
             self.child = Child("ptm.data.template", memory_bytes=RENDER_MEMORY_BYTES)
         request = {
@@ -192,6 +192,16 @@ def _derive(
         raise _error("nothing ends the answer's turn, so a model would never stop", remedy)
     # A line end after the token that ends a turn belongs to the next one; alone it is the end.
     return start, at + len(content) + len(end.rstrip() or end)
+
+
+def _check(messages: Sequence[dict[str, Any]]) -> None:
+    for message in messages:
+        if not (
+            isinstance(message, dict)
+            and isinstance(message.get("role"), str)
+            and isinstance(message.get("content"), str)
+        ):
+            raise _error("a message is not {role, content} of strings", "leave it out")
 
 
 def _text(answer: dict[str, Any]) -> str:

@@ -8,7 +8,6 @@ are cut and ordered by ptm/data/loader.py.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -119,7 +118,8 @@ def open_corpus(
     take over if it dies. With `is_builder=False` a rank first waits a few seconds for a builder to
     begin: pass `rank == 0` there and for `show_progress`, and the bar stays on rank 0.
 
-    `is_all_held_out` puts every document on the held-out side: text that was never trained on.
+    `is_all_held_out` is for text that was never trained on: all of it is held out, none is for
+    training.
 
     `vocab_size` is the model's: the size a tokenizer is trained to, and the most a given one may
     have. `seed` orders training rows; held-out rows have one order for all seeds, so that losses of
@@ -167,15 +167,19 @@ def open_corpus(
         remedy = "free space, or set data.cache_dir to a folder that can be written"
         raise StorageError(line("data.cache_dir", cache, f"{e.strerror or e}", remedy)) from e
     pool = [shard for one in shards for shard in one]
-    weights = config.weights or (1.0,)
-    groups = list(zip(config.source, shards)) if config.weights else [(config.source[0], pool)]
-    train = [_stream(config, name, group, held_out=False) for name, group in groups]
-    # One pool whatever the weights: a source may have too little held out to fill a row.
-    held_out = [_stream(config, "the corpus", pool, held_out=True)]
+    if is_all_held_out:
+        train, weights = [], ()
+        held_out = Stream(config.source[0], pool, [np.ones(len(s.documents), bool) for s in pool])
+    else:
+        weights = config.weights or (1.0,)
+        groups = list(zip(config.source, shards)) if config.weights else [(config.source[0], pool)]
+        train = [_stream(config, name, group, held_out=False) for name, group in groups]
+        # One pool whatever the weights: a source may have too little held out to fill a row.
+        held_out = _stream(config, config.source[0], pool, held_out=True)
     return Corpus(
         tokenizer,
         Split("training", tuple(train), weights, seed, tokenizer.eod_id),
-        Split("held-out", tuple(held_out), (1.0,), HELD_OUT_SEED, tokenizer.eod_id),
+        Split("held-out", (held_out,), (1.0,), HELD_OUT_SEED, tokenizer.eod_id),
         prepared,
     )
 

@@ -74,6 +74,14 @@ def test_side_follows_the_text_not_its_place(make: Any, tmp_path: Path) -> None:
     assert not larger.prepared[0].was_built  # the share is no reason to tokenize again
 
 
+def test_text_that_is_only_for_evaluation(tmp_path: Path, tokenizer_file: str) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", ["one document"])
+    config = DataConfig(source=(str(path),), tokenizer=tokenizer_file, cache_dir=str(tmp_path))
+    corpus = open_corpus(config, vocab_size=400, seed=0, is_all_held_out=True)
+    assert texts_of(corpus, corpus.held_out) == {"one document"}
+    assert not corpus.train.streams and corpus.report()["train_tokens"] == 0
+
+
 def test_several_sources_with_weights(make: Any, tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a" / "a.jsonl", documents(60, seed=1))
     write_jsonl(tmp_path / "b" / "a.jsonl", documents(20, seed=2))
