@@ -227,12 +227,10 @@ class Saver:
                     line("state of rank", rank, rule, "save on all ranks at once")
                 )
         census = {name: rows.entry for name, rows in job.rows.items()}
-        pieces = {
-            name: sorted(tuple(h["pieces"][name]) for h in heard if name in h["pieces"])
-            for name in census
-        }
-        for name, found in pieces.items():
-            manifests.check_cover(name, census[name].shape[0], [piece[:2] for piece in found])
+        pieces = {}
+        for name, entry in census.items():
+            pieces[name] = sorted(tuple(h["pieces"][name]) for h in heard if name in h["pieces"])
+            manifests.check_cover(name, entry.shape[0], [piece[:2] for piece in pieces[name]])
         return Content(census, pieces), digests
 
     def _look(self, job: Job, content: Content) -> dict[str, Any]:
@@ -304,10 +302,13 @@ class Saver:
         )
 
     def _rotate(self, newest: Path) -> list[str]:
-        keep, keep_best = self.config.keep, self.config.keep_best
         try:
             gone = rotate(
-                self.root, run_id=self.run_id, keep=keep, keep_best=keep_best, newest=newest
+                self.root,
+                run_id=self.run_id,
+                keep=self.config.keep,
+                keep_best=self.config.keep_best,
+                newest=newest,
             )
         except OSError as error:  # the new checkpoint is good: say it and go on
             return [f"an old checkpoint stays: {storage_error(self.root, error)}"]

@@ -54,6 +54,8 @@ def check_whole(root: Path) -> tuple[int, int]:
     assert_bitwise_equal(into, wanted)
     left = [name for name in os.listdir(root) if not name[5:].isdigit()]
     assert left == [], "the restart has cleaned up"
+    for name in os.listdir(root):
+        verify(root / name)  # no half of an old one under a good name
     return good.manifest.step, meta["seed"]
 
 
