@@ -67,7 +67,7 @@ class PlanJob(Recipe):
 @config
 class DataJob(Recipe):
     action: DataAction
-    "prepare: tokenize into the cache; check: list bad rows; show: print a row as the model gets it."
+    "prepare: tokenize into the cache; check: list bad rows; show: print a row as a model gets it."
     row: int = ranged(0, least=0)
     "Which row to show."
 
