@@ -115,7 +115,7 @@ def test_ranks_and_micro_batches_do_not_matter(text: Path, cache: Path, tmp_path
     one, two = (runs.log(tmp_path / name) for name in ("one", "two"))
     for a, b in zip(one, two, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-6)
-        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-6)
     state = [runs.tensors(tmp_path / name, STEPS) for name in ("one", "two")]
     for key, weight in state[0].items():
         if key.startswith("model."):
