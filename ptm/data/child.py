@@ -1,10 +1,10 @@
 """Runs a module's `handle(request, report)` in another process, over JSON lines on its pipes.
 
 For work that should use another core (tokenizing, ptm/data/shard.py) or must not be able to hurt
-this process (chat templates, ptm/data/chat.py). A fresh interpreter, so nothing is forked and
-nothing is pickled. The child ends when its pipe closes, that is also when its parent is killed;
-Ctrl-C is the parent's to handle. A time limit is an alarm inside the child: it fires in the middle
-of a C loop as well, and when nobody is left to watch.
+this process (chat templates, ptm/data/chat.py). A fresh interpreter, so no lock or thread of this
+process is copied into it. The child ends when its pipe closes, that is also when its parent is
+killed; Ctrl-C is the parent's to handle. A time limit is an alarm inside the child: it fires in the
+middle of a C loop as well, and when nobody is left to watch.
 """
 
 from __future__ import annotations

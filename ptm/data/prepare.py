@@ -264,9 +264,13 @@ def _damaged_file(folder: Path) -> str:
     for i, shard in enumerate(index["shards"]):
         for suffix in FILES:
             file = folder / f"shard-{i:05d}{suffix}"
-            if not file.exists() or file.stat().st_size != shard["size_bytes"][suffix]:
-                return file.name
-            if is_small and file_hash(file) != shard["xxh3"][suffix]:
+            try:
+                is_good = file.stat().st_size == shard["size_bytes"][suffix] and (
+                    not is_small or file_hash(file) == shard["xxh3"][suffix]
+                )
+            except FileNotFoundError:  # also when another process has begun to mend it
+                is_good = False
+            if not is_good:
                 return file.name
     return ""
 
