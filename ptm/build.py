@@ -114,9 +114,10 @@ def open_run(recipe: Recipe, plan: Plan) -> Iterator[Parts]:
     with ExitStack() as stack:
         mesh = open_mesh(recipe.engine.timeout_s)
         stack.callback(mesh.close)
-        peers = Peers(mesh.background if mesh.world > 1 else None)
+        peers = Peers(mesh.background)
         on_main = functools.partial(_on_main, peers)
-        checkpoints = Path(on_main(lambda: str(run_folder.claim(recipe))))
+        checkpoints = recipe.run_dir / "checkpoints"
+        on_main(lambda: run_folder.claim(recipe, stack))
         incident.set_run_dir(recipe.run_dir)
         keep, size = recipe.checkpoint.keep, plan.checkpoint_bytes
         _say_if(on_main(lambda: preflight(checkpoints, size, keep=keep)))
@@ -148,6 +149,7 @@ def open_run(recipe: Recipe, plan: Plan) -> Iterator[Parts]:
             on_saved=functools.partial(_note_saved, metrics),
         )
         stack.callback(saver.close)
+        saver.prepare(engine.state())
         metrics.event("resume" if state.step else "start", step=state.step, world=mesh.world)
         num_rows = recipe.train.batch_tokens // recipe.train.seq_len
         rows = functools.partial(
@@ -321,12 +323,15 @@ def _names(model: Transformer) -> set[str]:
 
 
 def _note_saved(metrics: Metrics, saved: Saved) -> None:
+    notes = {"notes": "; ".join(saved.notes)} if saved.notes else {}
     metrics.event(
         "checkpoint",
         step=saved.step,
         folder=saved.folder.name,
         bytes=saved.num_bytes,
         took_s=round(saved.took_s, 3),
+        blocked_s=round(saved.blocked_s, 3),
+        **notes,
     )
 
 

@@ -11,11 +11,13 @@ change between two starts is listed in FREE.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
 import re
 import sys
+from contextlib import ExitStack
 from importlib import metadata
 from pathlib import Path
 
@@ -33,10 +35,10 @@ FREE = re.compile(
 """Keys that may differ when a run goes on: how it runs, not what it trains."""
 
 
-def claim(recipe: Recipe) -> Path:
-    """Check that `recipe` may use its run folder, and make it. Rank 0 only.
+def claim(recipe: Recipe, stack: ExitStack) -> None:
+    """Check that `recipe` may use its run folder, make it, and hold it until `stack` ends.
 
-    Returns the folder of checkpoints. Raises RecipeError, CheckpointError, StorageError.
+    For rank 0. Raises RecipeError, CheckpointError, StorageError.
     """
     folder = recipe.run_dir
     checkpoints = folder / "checkpoints"
@@ -55,7 +57,18 @@ def claim(recipe: Recipe) -> Path:
         rule = f"cannot be made ({error.strerror})"
         remedy = "name a folder that you may write to"
         raise StorageError(line("run.dir", folder, rule, remedy)) from error
-    return checkpoints
+    _hold(folder, stack)
+
+
+def _hold(folder: Path, stack: ExitStack) -> None:
+    # The lock is the kernel's: it goes with its process, however that ends.
+    lock = stack.enter_context(open(folder / ".lock", "a"))
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        rule = "another process is training in it"
+        remedy = "wait for it, or name another run.dir"
+        raise RecipeError(line("run.dir", folder, rule, remedy)) from None
 
 
 def _refuse_another_run(recipe: Recipe, folder: Path) -> None:
