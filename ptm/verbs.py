@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ptm.bench import router
-from ptm.build import Batches, make_plan
+from ptm.build import make_plan
 from ptm.checkpoint.folders import step_folder
 from ptm.checkpoint.load_model import module_of
 from ptm.checkpoint.open_model import open_model
@@ -24,6 +24,7 @@ from ptm.eval.perplexity import held_out
 from ptm.jobs import BenchJob, DataJob, EvalJob, GenerateJob, PlanJob, ReportJob
 from ptm.mesh.mesh import open_mesh
 from ptm.model.transformer import Transformer
+from ptm.parts import Batches
 from ptm.recipe import load_recipe
 from ptm.report.html import write_report
 from ptm.serve.generator import Sampling, stream_text

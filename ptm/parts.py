@@ -1,0 +1,179 @@
+"""The parts of a run, each made from its sections of the recipe; ptm/build.py puts them together."""
+
+from __future__ import annotations
+
+import functools
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ptm.checkpoint.load import load, newest_good
+from ptm.checkpoint.open_model import open_model
+from ptm.checkpoint.save import Saved, Saver
+from ptm.checkpoint.source import check_shapes
+from ptm.checkpoint.weights import model_to_json
+from ptm.common import env
+from ptm.data.corpus import Corpus, Split
+from ptm.data.loader import Loader, Rows
+from ptm.data.pack import Batch
+from ptm.engine.zero1 import Zero1Engine
+from ptm.eval.perplexity import held_out
+from ptm.mesh.mesh import Mesh
+from ptm.mesh.peers import Peers
+from ptm.model.init import new_weight
+from ptm.model.transformer import Transformer
+from ptm.optim.adamw import adamw
+from ptm.parallel.recompute import recompute_blocks
+from ptm.recipe import Recipe
+from ptm.trainer.config import Precision, Recompute
+from ptm.trainer.metrics import Metrics
+from ptm.trainer.state import TrainState
+
+DTYPES = {Precision.bf16: torch.bfloat16, Precision.fp32: torch.float32}
+
+
+def say(text: str) -> None:
+    if env.ranks().rank == 0:
+        print(text, flush=True)
+
+
+def say_if(text: str | None) -> None:
+    if text:
+        say(text)
+
+
+def on_main(peers: Peers, task: Callable[[], Any]) -> Any:
+    """Rank 0's result of `task` on every rank; an error of it is raised on all."""
+    return peers.together(lambda: task() if peers.rank == 0 else None)[0]
+
+
+def build_model(recipe: Recipe, mesh: Mesh) -> tuple[Transformer, Zero1Engine]:
+    dtype = DTYPES[recipe.train.precision]
+    model = Transformer(recipe.model, dtype=dtype, device=mesh.device)
+    if recipe.train.recompute is Recompute.block:
+        recompute_blocks(model.model.layers)
+    update = functools.partial(adamw, config=recipe.optim)
+    engine = Zero1Engine(
+        model, mesh=mesh, config=recipe.engine, update=update, clip=recipe.train.clip
+    )
+    return model, engine
+
+
+def first_weights(
+    recipe: Recipe, checkpoints: Path, engine: Zero1Engine, peers: Peers
+) -> TrainState:
+    """Fill the engine from the newest good checkpoint, another model, or the seed, in that
+    order."""
+    good = newest_good(checkpoints, peers=peers, repair=True)
+    if good is not None:
+        for folder, reason in good.rejected:
+            say(f"not used: {folder}: {reason}")
+        meta = load(good, engine.state(), peers=peers)
+        state = TrainState.from_json(meta["train"])
+        engine.updates = state.updates
+        say(f"resuming after step {state.step} from {good.folder}")
+    else:
+        state = TrainState(run_id=on_main(peers, lambda: uuid.uuid4().hex))
+        initial = _initial_weights(recipe)
+        for _, slot in engine.slots():
+            engine.fill(slot.name, initial(slot.name, slot.shape))
+    engine.publish()
+    return state
+
+
+def _initial_weights(recipe: Recipe) -> Callable[[str, torch.Size], Tensor]:
+    """Name and shape -> the whole fp32 tensor that a new run starts with."""
+    if recipe.train.init_from is None:
+        return lambda name, shape: new_weight(recipe.model, name, shape, recipe.train.seed)
+    opened = open_model(Path(recipe.train.init_from))
+    wanted = Transformer(recipe.model, device="meta").state_dict()
+    shapes = {name: tuple(tensor.shape) for name, tensor in wanted.items()}
+    check_shapes(opened.weights, shapes, Path(recipe.train.init_from))
+    say(f"starting from the weights in {recipe.train.init_from}")
+    return lambda name, shape: opened.weights.read(name).float()
+
+
+class Batches:
+    """This rank's rows of a split, on the device that computes. Close it, or use a `with`."""
+
+    def __init__(
+        self,
+        split: Split,
+        mesh: Mesh,
+        *,
+        seq_len: int,
+        isolate_documents: bool,
+        num_rows: int,
+        micro_batch_size: int,
+        prefetch: int = 0,
+    ) -> None:
+        """`num_rows` a step over all ranks; of held-out rows, at most as many as there are."""
+        rows = Rows(split, seq_len=seq_len, isolate_documents=isolate_documents)
+        self.device = mesh.device
+        self.loader = Loader(
+            rows,
+            rows_per_step=min(num_rows, rows.num_rows) if split.name == "held-out" else num_rows,
+            rank=mesh.rank,
+            world=mesh.world,
+            micro_batch_size=micro_batch_size,
+            prefetch=prefetch,
+        )
+
+    def micro_batches(self, step: int) -> list[Batch]:
+        batches = self.loader.micro_batches(step)
+        return [Batch(*(tensor.to(self.device) for tensor in batch)) for batch in batches]
+
+    def __enter__(self) -> Batches:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.loader.close()
+
+
+def save(
+    recipe: Recipe,
+    engine: Zero1Engine,
+    saver: Saver,
+    tokenizer_folder: Path,
+    state: TrainState,
+    *,
+    is_best: bool,
+    block: bool,
+) -> None:
+    saver.save(
+        engine.state(),
+        step=state.step,
+        meta={"train": state.to_json(), "model": model_to_json(recipe.model)},
+        attachments={"tokenizer": tokenizer_folder},
+        expected=_names(engine.model),
+        is_best=is_best,
+        block=block,
+    )
+
+
+def _names(model: nn.Module) -> set[str]:
+    """What a checkpoint must hold, from the model and not from the engine that it checks."""
+    kinds = ("model.", "optim.exp_avg.", "optim.exp_avg_sq.")
+    return {kind + name for kind in kinds for name, _ in model.named_parameters()}
+
+
+def note_saved(metrics: Metrics, saved: Saved) -> None:
+    notes = {"notes": "; ".join(saved.notes)} if saved.notes else {}
+    metrics.event(
+        "checkpoint",
+        step=saved.step,
+        folder=saved.folder.name,
+        bytes=saved.num_bytes,
+        took_s=round(saved.took_s, 3),
+        blocked_s=round(saved.blocked_s, 3),
+        **notes,
+    )
+
+
+def evaluate(model: Transformer, corpus: Corpus, batches: Batches, mesh: Mesh) -> dict[str, float]:
+    token_bytes = torch.as_tensor(corpus.tokenizer.token_bytes(), device=mesh.device)
+    return held_out(model, batches.micro_batches(0), token_bytes=token_bytes, mesh=mesh)
