@@ -72,7 +72,7 @@ class _Experts(torch.autograd.Function):
             by_gate, by_up = by_hidden.chunk(2, dim=-1)
             by_product = grad[rows] @ w2[e]
             torch.mul(by_product, activated, out=by_up)
-            by_gate.copy_(torch.ops.aten.silu_backward(by_product.mul_(up), gate))
+            torch.ops.aten.silu_backward(by_product.mul_(up), gate, grad_input=by_gate)
             torch.mm(grad[rows].t(), activated.mul_(up), out=grad_w2[e])
             torch.mm(by_hidden.t(), x[rows], out=grad_w1[e])
             torch.mm(by_hidden, w1[e], out=grad_x[rows])

@@ -37,11 +37,12 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         x, weight, scale = ctx.saved_tensors
         width = x.shape[-1]
+        wide_weight = weight.to(scale.dtype)
         unit = x.to(scale.dtype) * scale
         wide = grad.to(scale.dtype)
         per_weight = (wide * unit).reshape(-1, width)
         grad_weight = per_weight.sum(0).to(weight.dtype)
         # d unit = g w; d x = scale (d unit - unit mean(d unit * unit)); d unit * unit = (g unit) w
-        along = torch.mv(per_weight, weight.to(scale.dtype)).div_(width).view_as(scale)
-        grad_x = (wide * weight).addcmul_(unit, along, value=-1).mul_(scale)
+        along = torch.mv(per_weight, wide_weight).div_(width).view_as(scale)
+        grad_x = (wide * wide_weight).sub_(unit.mul_(along)).mul_(scale)
         return grad_x.to(x.dtype), grad_weight, None

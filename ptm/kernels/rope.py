@@ -64,25 +64,23 @@ class _Rope(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        B, L, H, C, K = x.shape
-        turned = x.new_empty(C, B, H, L, K)
-        _turn(x, cos, sin, out=turned.permute(1, 3, 2, 0, 4))
-        return turned
+        turned = x.permute(3, 0, 2, 1, 4).clone(memory_format=torch.contiguous_format)
+        return _turn_(turned, cos, sin)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         cos, sin = ctx.saved_tensors
-        C, B, H, L, K = grad.shape
-        back = grad.new_empty(B, L, H, C, K)
-        _turn(grad.permute(1, 3, 2, 0, 4), cos, -sin, out=back)  # the inverse of a rotation
-        return back, None, None
+        turned = grad.clone(memory_format=torch.contiguous_format)
+        back = _turn_(turned, cos, -sin)  # the inverse of a rotation
+        return back.permute(1, 3, 2, 0, 4), None, None
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor, *, out: Tensor) -> None:
-    half = cos.shape[-1]
-    wide = torch.promote_types(x.dtype, torch.float32)
-    cos, sin = (t[:, :, None, None].to(wide) for t in (cos, sin))
-    first, second = x[..., :half].to(wide), x[..., half : 2 * half].to(wide)
-    out[..., :half] = (first * cos).addcmul_(second, sin, value=-1)
-    out[..., half : 2 * half] = (second * cos).addcmul_(first, sin)
-    out[..., 2 * half :] = x[..., 2 * half :]
+def _turn_(x_CBHLK: Tensor, cos_BLR: Tensor, sin_BLR: Tensor) -> Tensor:
+    half = cos_BLR.shape[-1]
+    wide = torch.promote_types(x_CBHLK.dtype, torch.float32)
+    cos, sin = (t[None, :, None].to(wide) for t in (cos_BLR, sin_BLR))
+    both = x_CBHLK[..., : 2 * half].to(wide, copy=True)
+    first, second = both[..., :half], both[..., half:]
+    x_CBHLK[..., :half] = (first * cos).addcmul_(second, sin, value=-1)
+    x_CBHLK[..., half : 2 * half] = (second * cos).addcmul_(first, sin)
+    return x_CBHLK

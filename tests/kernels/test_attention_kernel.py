@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from ptm.kernels import attention
 from ptm.kernels.attention import BLOCK, attention_reference, causal_attention
 from tests.support.compare import TOLERANCE, assert_same_maths, distance, random
 
@@ -18,7 +19,9 @@ def document_mask(B: int, L: int, starts: list[list[int]]) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("length", [1, 5, BLOCK, BLOCK + 1, 2 * BLOCK + 7])
 @pytest.mark.parametrize("masked", [False, True], ids=["causal", "documents"])
-def test_agrees_with_the_definition(length, masked, dtype):
+@pytest.mark.parametrize("kept", [0, 1024], ids=["recomputed", "kept"])
+def test_agrees_with_the_definition(length, masked, kept, dtype, monkeypatch):
+    monkeypatch.setattr(attention, "KEPT_LENGTH", kept)
     shape = (2, 3, length, 8)
     q, k, v = (random(*shape, dtype=dtype, seed=i) for i in range(3))
     mask = document_mask(2, length, [[length // 3], [length // 2, length - 1]]) if masked else None
