@@ -68,8 +68,10 @@ def train(recipe: Recipe) -> None:
         finish(recipe, parts)
 
 
-def make_plan(recipe: Recipe, *, ranks: env.Ranks | None = None, hardware: str | None = None) -> Plan:
-    """The plan on this machine, or a described one. Raises PlanError, with a table, if it does not fit."""
+def make_plan(
+    recipe: Recipe, *, ranks: env.Ranks | None = None, hardware: str | None = None
+) -> Plan:
+    """The plan on this machine or a described one. Raises PlanError if it does not fit."""
     return plan_run(
         recipe.model,
         recipe.train,
@@ -186,5 +188,3 @@ def finish(recipe: Recipe, parts: Parts) -> None:
         print(text, end="", flush=True)
     say(f"\n\nreport: {write_report(recipe.run_dir)}")
     say(f"more:   ptm generate {recipe.run_dir} prompt='import '")
-
-

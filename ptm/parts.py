@@ -1,4 +1,4 @@
-"""The parts of a run, each made from its sections of the recipe; ptm/build.py puts them together."""
+"""The parts of a run, each made from its sections of the recipe; ptm/build.py joins them."""
 
 from __future__ import annotations
 

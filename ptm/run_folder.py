@@ -62,7 +62,7 @@ def claim(recipe: Recipe, stack: ExitStack) -> None:
 
 def _hold(folder: Path, stack: ExitStack) -> None:
     # The lock is the kernel's: it goes with its process, however that ends.
-    lock = stack.enter_context(open(folder / ".lock", "a"))
+    lock = stack.enter_context((folder / ".lock").open("a"))
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

@@ -72,7 +72,8 @@ def evaluate(job: EvalJob) -> None:
     token_bytes = torch.as_tensor(corpus.tokenizer.token_bytes(), device=mesh.device)
     found = held_out(model, batches.micro_batches(0), token_bytes=token_bytes, mesh=mesh)
     if mesh.is_main:
-        print("\n".join(f"{name.removeprefix('eval_'):16} {value:,.4f}" for name, value in found.items()))
+        for name, value in found.items():
+            print(f"{name.removeprefix('eval_'):16} {value:,.4f}")
         if job.json:
             write_json(job.json, {"run": job.run, "model": str(folder), **found})
     mesh.close()
@@ -80,7 +81,8 @@ def evaluate(job: EvalJob) -> None:
 
 def _text(job: EvalJob, run: Path, tokenizer: Path, model: Transformer) -> tuple[Corpus, int]:
     """The text to evaluate on: what the job names, else what the run held out."""
-    recipe_file = next((p for p in (run / "recipe.yaml", run.parent.parent / "recipe.yaml") if p.is_file()), None)
+    recipes = (run / "recipe.yaml", run.parent.parent / "recipe.yaml")
+    recipe_file = next((path for path in recipes if path.is_file()), None)
     if recipe_file is None and job.source is None:
         rule = "has no recipe.yaml that says what text was held out"
         raise CheckpointError(line("run", run, rule, "give source=FOLDER of text"))
@@ -121,7 +123,8 @@ def data(job: DataJob) -> None:
 def report(job: ReportJob) -> None:
     """Write the page and say where it is."""
     if not Path(job.run).is_dir():
-        raise RecipeError(line("run", job.run, "is not a folder", "name a run folder, as in runs/m32-mini"))
+        remedy = "name a run folder, as in runs/m32-mini"
+        raise RecipeError(line("run", job.run, "is not a folder", remedy))
     print(write_report(Path(job.run)))
 
 
@@ -139,7 +142,8 @@ def model_folder(run: str, step: int | None) -> Path:
         return Path(run)
     folder = step_folder(Path(run) / "checkpoints", step)
     if not folder.is_dir():
-        raise CheckpointError(line("step", step, f"{folder} is not there", "leave it out for the newest"))
+        remedy = "leave it out for the newest"
+        raise CheckpointError(line("step", step, f"{folder} is not there", remedy))
     return folder
 
 
@@ -147,4 +151,5 @@ def write_json(path: str, values: dict[str, object]) -> None:
     try:
         Path(path).write_text(json.dumps(values, indent=1) + "\n")
     except OSError as error:
-        raise StorageError(line("json", path, f"cannot be written ({error.strerror})", "name another file")) from error
+        rule = f"cannot be written ({error.strerror})"
+        raise StorageError(line("json", path, rule, "name another file")) from error

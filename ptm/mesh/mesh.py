@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh
 
 from ptm.common import env
@@ -59,7 +58,7 @@ def open_mesh(timeout_s: int) -> Mesh:
     if is_cuda:
         torch.cuda.set_device(device)
     timeout = datetime.timedelta(seconds=timeout_s)
-    store = HashStore() if me.world == 1 else None
+    store = dist.HashStore() if me.world == 1 else None  # type: ignore
     dist.init_process_group(
         backend="cpu:gloo,cuda:nccl" if is_cuda else "gloo",
         rank=me.rank,
