@@ -23,6 +23,7 @@ from ptm.model.block import Block
 from ptm.model.cache import Cache
 from ptm.model.config import ModelConfig
 from ptm.model.context import Context, make_context
+from ptm.model.embedding import Embedding
 from ptm.model.init import new_weight
 from ptm.model.norm import RMSNorm
 
@@ -40,7 +41,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
