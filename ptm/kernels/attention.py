@@ -11,7 +11,7 @@ Scores are rounded to the input's type before the softmax, which itself runs in 
 product of bf16 matrices into fp32. Torch's kernel keeps them in fp32.
 
 Measured 2026-11, one core of an AMD EPYC (Zen 4), bf16, B=4 H=4 L=512 K=128, forward and backward:
-38 ms against 105 ms for torch's kernel, and 44 ms without the kept probabilities.
+36 ms, 43 without the kept probabilities, against 83 for torch's kernel.
 """
 
 from __future__ import annotations
