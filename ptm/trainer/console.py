@@ -43,7 +43,7 @@ def open_console(log: LogConfig, *, total_steps: int, start_step: int) -> Consol
         kind = "rich" if sys.stdout.isatty() else "plain"
     if kind == "rich":
         return RichConsole(total_steps, start_step)
-    return PlainConsole(total_steps, every_s=log.plain_every_s if kind == "plain" else None)
+    return PlainConsole(total_steps, every_s=log.plain_every_s) if kind == "plain" else NoConsole()
 
 
 class Pace:
@@ -68,10 +68,20 @@ class Pace:
         return format_duration(left_s), is_notable
 
 
-class PlainConsole:
-    """At most one line in `every_s` seconds; with `every_s=None` notes only."""
+class NoConsole:
+    """The display of `log.progress=off`."""
 
-    def __init__(self, total_steps: int, *, every_s: float | None) -> None:
+    def step(self, step: int, record: Record) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class PlainConsole:
+    """Notable steps, and between them at most one line in `every_s` seconds."""
+
+    def __init__(self, total_steps: int, *, every_s: float) -> None:
         self._total = total_steps
         self._every_s = every_s
         self._shown_at = -float("inf")
@@ -79,8 +89,6 @@ class PlainConsole:
 
     def step(self, step: int, record: Record) -> None:
         eta, is_notable = self._pace.after(step, record)
-        if self._every_s is None:
-            return
         now = time.monotonic()
         if is_notable or now - self._shown_at >= self._every_s:
             self._shown_at = now

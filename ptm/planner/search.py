@@ -1,0 +1,194 @@
+"""Price a job on a machine, and find what else would fit where it does not.
+
+Changes are tried from the mildest to the hardest, each priced like the job itself: first what
+leaves the model as it is, then other sizes that the recipe has, then more machines, then a smaller
+model, and last a machine with more memory. Where too few single changes fit, they are tried again
+on top of all the mild ones together. It is a search for advice, not for the best plan: only memory
+counts, not speed.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+from ptm.common.plan import Plan
+from ptm.common.units import GIB, format_bytes
+from ptm.model.config import active_parameters, flops_per_token, num_parameters
+from ptm.planner import cost
+from ptm.planner.cost import Job
+from ptm.planner.hardware import Hardware
+
+ENOUGH = 3
+"""Changes to offer at least."""
+_MOST_RANKS = 4096
+
+
+class Change(NamedTuple):
+    """Words that turn the job into one that fits, and the plan of that."""
+
+    words: str
+    plan: Plan
+
+
+def price(job: Job, hardware: Hardware) -> Plan:
+    """The plan of a job, whether it fits or not."""
+    per_rank = job.rank_rows
+    return Plan(
+        scale=job.model.scale.value,
+        ranks=job.ranks,
+        num_parameters=num_parameters(job.model),
+        active_parameters=active_parameters(job.model),
+        flops_per_token=flops_per_token(job.model, job.seq_len),
+        seq_len=job.seq_len,
+        batch_tokens=job.batch_tokens,
+        micro_batch_size=job.micro_rows,
+        micro_batches=-(-per_rank // job.micro_rows),
+        precision=job.precision,
+        recompute=job.recompute,
+        needs=cost.needs(job),
+        machine=hardware.name,
+        there_bytes=hardware.rank_bytes,
+        there_why=hardware.why,
+        checkpoint_bytes=num_parameters(job.model) * cost.MASTER_AND_MOMENTS,
+    )
+
+
+def changes(job: Job, hardware: Hardware, others: Iterable[tuple[str, Job]] = ()) -> list[Change]:
+    """Changes that fit, mildest first; `others` are jobs of other sizes, smaller ones last.
+
+    There are at least three, as the last of them ask for a machine with more memory, for the job as
+    it is and, where little else fits, for the others.
+    """
+    others = list(others)
+    words, milder = _mildest(job)
+    found = list(_fitting(_one_change(job), hardware))
+    found += _fitting(others, hardware)
+    found += _fitting(_structural(job, hardware), hardware)
+    if len(found) < ENOUGH and words:
+        more = ((f"{words} {other}", changed) for other, changed in _structural(milder, hardware))
+        found += _fitting(more, hardware)
+    if len(found) < ENOUGH:
+        shrunk = ((f"{words} {other}".strip(), changed) for other, changed in _shrunk(milder))
+        found += itertools.islice(_fitting(shrunk, hardware), ENOUGH - len(found))
+    found.append(_larger_machine("", job, hardware))
+    if len(found) < ENOUGH:
+        found += [_larger_machine(words, other, hardware) for words, other in others]
+    return found
+
+
+def _fitting(candidates: Iterable[tuple[str, Job]], hardware: Hardware) -> Iterator[Change]:
+    for words, job in candidates:
+        plan = price(job, hardware)
+        if plan.fits:
+            yield Change(words, plan)
+
+
+def _one_change(job: Job) -> Iterator[tuple[str, Job]]:
+    """Changes that leave the model and its training as they are."""
+    if job.micro_rows > 1:
+        yield "train.micro_batch_size=1", replace(job, micro_batch_size=1)
+    if job.recompute == "none":
+        yield "train.recompute=block", replace(job, recompute="block")
+    if job.has_snapshot:
+        yield "checkpoint.background=false", replace(job, has_snapshot=False)
+    if job.precision == "fp32":
+        yield "train.precision=bf16", replace(job, precision="bf16")
+
+
+def _mildest(job: Job) -> tuple[str, Job]:
+    """All mild changes at once."""
+    words = []
+    while (step := next(_one_change(job), None)) is not None:
+        words.append(step[0])
+        job = step[1]
+    return " ".join(words), job
+
+
+def _structural(job: Job, hardware: Hardware) -> Iterator[tuple[str, Job]]:
+    """More machines, shorter rows, fewer layers, fewer or smaller experts: the most that fit."""
+
+    def ranks(n: int) -> Job:
+        return replace(job, ranks=n)
+
+    def model(**keys: int) -> Job:
+        return replace(job, model=replace(job.model, **keys))
+
+    m, fits = job.model, _fits_on(hardware)
+    for words, more in _largest("ranks", _doubled(job.ranks, _MOST_RANKS), ranks, fits):
+        yield f"{words} on {-(-more.ranks // hardware.ranks_per_node)} such machines", more
+    halves = [n for n in _halved(job.seq_len, 128) if job.batch_tokens % n == 0]
+    yield from _largest("train.seq_len", halves, lambda n: replace(job, seq_len=n), fits)
+    layers = range(m.num_hidden_layers - 1, 0, -1)
+    yield from _largest(
+        "model.num_hidden_layers", layers, lambda n: model(num_hidden_layers=n), fits
+    )
+    experts = _halved(m.num_experts, max(2, m.num_experts_per_tok))
+    yield from _largest("model.num_experts", experts, lambda n: model(num_experts=n), fits)
+    widths = _halved(m.moe_intermediate_size, 64)
+    yield from _largest(
+        "model.moe_intermediate_size", widths, lambda n: model(moe_intermediate_size=n), fits
+    )
+
+
+def _shrunk(job: Job) -> Iterator[tuple[str, Job]]:
+    """Smaller and smaller models of the family: half of every size, then a quarter, and so on."""
+    m = job.model
+    while m.num_attention_heads % 2 == 0 and m.hidden_size % 8 == 0:
+        m = replace(
+            m,
+            hidden_size=m.hidden_size // 2,
+            num_attention_heads=m.num_attention_heads // 2,
+            attention_projection_size=m.attention_projection_size // 2,
+            moe_intermediate_size=max(1, m.moe_intermediate_size // 2),
+            num_hidden_layers=max(1, m.num_hidden_layers // 2),
+        )
+        keys = [
+            f"model.{key}={getattr(m, key)}"
+            for key in m.__dataclass_fields__
+            if getattr(m, key) != getattr(job.model, key)
+        ]
+        yield " ".join(keys), replace(job, model=m)
+
+
+def _largest(
+    key: str, values: Iterable[int], change: Callable[[int], Job], fits: Callable[[Job], bool]
+) -> Iterator[tuple[str, Job]]:
+    """The first value, in the order given, with which the job fits."""
+    for value in values:
+        if fits(changed := change(value)):
+            yield f"{key}={value}", changed
+            return
+
+
+def _fits_on(hardware: Hardware) -> Callable[[Job], bool]:
+    def fits(job: Job) -> bool:
+        return sum(need.size_bytes for need in cost.needs(job)) <= hardware.rank_bytes
+
+    return fits
+
+
+def _larger_machine(words: str, job: Job, hardware: Hardware) -> Change:
+    needed = price(job, hardware).needed_bytes
+    rounded = -(-needed // GIB) * GIB
+    words = f"{words} on a machine with {format_bytes(rounded)} for each rank".strip()
+    larger = replace(hardware, rank_bytes=rounded, why="as wished")
+    return Change(words.removeprefix("on "), price(job, larger))
+
+
+def _halved(value: int, least: int) -> list[int]:
+    found = []
+    while value % 2 == 0 and value // 2 >= least:
+        value //= 2
+        found.append(value)
+    return found
+
+
+def _doubled(value: int, most: int) -> list[int]:
+    found = []
+    while value * 2 <= most:
+        value *= 2
+        found.append(value)
+    return found

@@ -1,0 +1,193 @@
+"""The plan of the published model, and a refusal whose advice is true (T05)."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from ptm.common.env import Ranks
+from ptm.common.errors import PlanError
+from ptm.common.units import GIB
+from ptm.engine.config import EngineConfig
+from ptm.model.config import ModelConfig, Scale
+from ptm.planner.cost import Job
+from ptm.planner.explain import plan_run, refusal
+from ptm.planner.hardware import Hardware
+from ptm.planner.search import changes, price
+
+HARDWARE = Path(__file__).parents[2] / "recipes" / "hardware"
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    seq_len: int = 4096
+    batch_tokens: int = 1536 * 4096
+    micro_batch_size: int = 2
+    precision: str = "bf16"
+    recompute: str = "none"
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    background: bool = True
+
+
+FULL = ModelConfig(scale=Scale.full)
+DEBUG = ModelConfig(
+    scale=Scale.debug,
+    hidden_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    attention_projection_size=128,
+    moe_intermediate_size=64,
+    vocab_size=1024,
+)
+OTHERS = [("model.scale=debug", DEBUG, Train(seq_len=128, batch_tokens=1024))]
+
+
+def machine(gib: float, *, device: str = "cpu", ranks_per_node: int = 8) -> Hardware:
+    size = int(gib * GIB)
+    return Hardware(
+        name="box", device=device, ranks_per_node=ranks_per_node, rank_bytes=size, why="a test"
+    )
+
+
+def full_job(ranks: int, device: str = "cpu") -> Job:
+    train = Train()
+    return Job(
+        model=FULL,
+        ranks=ranks,
+        seq_len=train.seq_len,
+        batch_tokens=train.batch_tokens,
+        micro_batch_size=train.micro_batch_size,
+        precision=train.precision,
+        recompute=train.recompute,
+        bucket_bytes=32 * 2**20,
+        has_snapshot=True,
+        device=device,
+    )
+
+
+def test_full_model_on_any_number_of_ranks_in_time_and_memory() -> None:
+    code = """
+        import resource, time
+        from tests.planner.test_explain import full_job, machine
+        from ptm.planner.search import changes, price
+        for ranks in (1, 8, 16, 64, 512):
+            plan = price(full_job(ranks), machine(80))
+            assert plan.num_parameters == 39_942_842_368, plan.num_parameters
+            assert plan.active_parameters == 3_704_055_808, plan.active_parameters
+            assert len(changes(full_job(ranks), machine(80))) >= 3
+        print(time.process_time())
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    """
+    ran = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True
+    )
+    seconds, peak_bytes = map(float, ran.stdout.split())
+    assert peak_bytes < 2 * GIB
+    assert seconds < 10  # of processor time, imports included
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("gib", [2, 24, 80, 141])
+@pytest.mark.parametrize("ranks", [1, 2, 8, 64, 512])
+def test_offered_changes_really_fit(ranks: int, gib: float, device: str) -> None:
+    job, hardware = full_job(ranks, device), machine(gib, device=device)
+    found = changes(job, hardware, [("model.scale=debug", debug_job(ranks, device))])
+    assert len(found) >= 3 and len({change.words for change in found}) == len(found)
+    assert all(change.plan.fits for change in found)
+    for change in found:
+        model, keys = job.model, dict(re.findall(r"model\.(\w+)=(\d+)", change.words))
+        if "debug" in change.words or "machine" in change.words:
+            continue
+        model = dataclasses.replace(model, **{key: int(value) for key, value in keys.items()})
+        told = dict(re.findall(r"(?<![\w.])((?:train\.)?\w+)=(\w+)", change.words))
+        again = dataclasses.replace(
+            job,
+            model=model,
+            ranks=int(told.get("ranks", job.ranks)),
+            seq_len=int(told.get("train.seq_len", job.seq_len)),
+            micro_batch_size=int(told.get("train.micro_batch_size", job.micro_batch_size)),
+            recompute=told.get("train.recompute", job.recompute),
+            has_snapshot="checkpoint.background=false" not in change.words,
+        )
+        assert price(again, hardware).needed_bytes == change.plan.needed_bytes
+
+
+def debug_job(ranks: int, device: str) -> Job:
+    return dataclasses.replace(full_job(ranks, device), model=DEBUG, seq_len=128, batch_tokens=1024)
+
+
+def test_mild_changes_come_first() -> None:
+    job = dataclasses.replace(
+        debug_job(1, "cuda"), micro_batch_size=64, seq_len=1024, batch_tokens=2**20
+    )
+    short = price(job, machine(80)).needed_bytes - 2**20
+    found = changes(job, machine(short / GIB))
+    assert found[0].words == "train.micro_batch_size=1"
+    assert found[1].words == "train.recompute=block"
+
+
+def test_refusal_says_what_is_needed_and_what_would_fit() -> None:
+    with pytest.raises(PlanError) as error:
+        plan_run(
+            FULL,
+            Train(),
+            EngineConfig(),
+            Checkpoint(),
+            ranks=Ranks(0, 8, 0, 8),
+            hardware="h100-8",
+            folders=[HARDWARE],
+            others=OTHERS,
+        )
+    text = str(error.value)
+    first, *rest = text.splitlines()
+    assert re.fullmatch(
+        r"model.scale=full: needs [\d.,]+ [GT]iB per rank, 77.\d\d GiB are there; .*", first
+    )
+    assert error.value.exit_code == 3
+    for kind in ("parameters", "gradients", "optimizer states", "activations", "buffers"):
+        assert any(row.startswith(kind) for row in rest), kind
+    offers = rest[rest.index("what would fit") + 1 :]
+    assert len(offers) >= 3 and any("model.scale=debug" in offer for offer in offers)
+
+
+def test_other_sizes_are_read_only_for_a_refusal() -> None:
+    def others():
+        raise AssertionError("read")
+        yield
+
+    plan = plan_run(
+        DEBUG,
+        Train(seq_len=128, batch_tokens=1024),
+        EngineConfig(),
+        Checkpoint(),
+        ranks=Ranks(0, 1, 0, 1),
+        hardware="h100-8",
+        folders=[HARDWARE],
+        others=others(),
+    )
+    assert plan.fits and "fits" in plan.text() and "946,816 parameters" in plan.text()
+
+
+def test_plan_text_is_plain_and_complete() -> None:
+    text = price(full_job(8), machine(80)).text()
+    assert "39,942,842,368 parameters (39.94 B)" in text and "3,704,055,808 (3.70 B)" in text
+    assert "1,536 rows of 4,096" in text and "does not fit" in text and "\x1b" not in text
+    assert max(map(len, text.splitlines())) <= 110
+
+
+def test_refusal_on_the_smallest_machine_still_offers_three() -> None:
+    others = [
+        ("model.scale=debug", debug_job(1, "cpu")),
+        ("model.scale=other", debug_job(1, "cpu")),
+    ]
+    text = str(refusal(full_job(1), machine(0.1), others=others))
+    assert len(text.split("what would fit\n")[1].splitlines()) == 3
