@@ -34,8 +34,11 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from ptm.common import env
 from ptm.common.errors import PtmError, line
 from ptm.jobs import BenchJob
+from ptm.model.config import num_parameters
+from ptm.recipe import load_recipe
 
 
 class Arm(NamedTuple):
@@ -47,12 +50,19 @@ class Arm(NamedTuple):
     published_millions: float
 
 
+SHARED = (
+    "model.router=shared_expert",
+    "model.num_experts=16",
+    "model.num_experts_per_tok=4",
+    "model.num_shared_experts=2",
+    "model.moe_intermediate_size=128",
+)
 # The paper's shapes: 8 experts, 2 active; for shared experts 16 of half the size, 2 of them always
 # on and 2 of the other 14 chosen.
 ARMS = (
     Arm("attention", ("model.router=attention",), 2.109, 826.0),
     Arm("linear", ("model.router=linear",), 2.117, 825.8),
-    Arm("shared_expert", ("model.router=shared_expert",), 2.117, 825.8),
+    Arm("shared_expert", SHARED, 2.117, 825.8),
 )
 
 
@@ -96,20 +106,21 @@ def _train(bench: BenchJob, arm: Arm, seed: int) -> dict[str, Any]:
         "log.progress=off",
     ]
     command = [sys.executable, "-m", "ptm", "train", *words]
-    done = subprocess.run(command, capture_output=True, text=True)
+    one_thread = env.child(OMP_NUM_THREADS="1")
+    done = subprocess.run(command, capture_output=True, text=True, env=one_thread)
     if done.returncode:
         last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
         rule = f"exit code {done.returncode}: {' '.join(last)}"
         raise PtmError(line("run", folder, rule, "the same command goes on from where it stopped"))
     steps = [json.loads(row) for row in (folder / "metrics.jsonl").read_text().splitlines()]
-    facts = json.loads((folder / "env.json").read_text())
+    model = load_recipe([f"recipe={folder / 'recipe.yaml'}"]).model
     return {
         "router": arm.name,
         "seed": seed,
         "test_loss": steps[-1]["eval_loss"],
         "test_bits_per_byte": steps[-1]["eval_bits_per_byte"],
         "tokens": steps[-1]["tokens"],
-        "num_parameters": facts["num_parameters"],
+        "num_parameters": num_parameters(model),
         "step_s": statistics.median(step["step_s"] for step in steps),
         "busiest": statistics.mean(v["max_over_mean"] for v in steps[-1]["expert_load"].values()),
     }

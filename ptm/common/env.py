@@ -77,6 +77,11 @@ def set_default(name: str, value: str) -> None:
     os.environ.setdefault(name, value)
 
 
+def child(**changes: str) -> dict[str, str]:
+    """This environment with changes, for a process to start."""
+    return {**os.environ, **changes}
+
+
 def recorded() -> dict[str, str]:
     """What may be written into a run folder: an allow-list, so no secret is ever among them."""
     names = (

@@ -53,13 +53,15 @@ class ModelConfig:
     attention_projection_size: int = ranged(4096, least=1)
     "Width of queries, keys and values over all heads; divided by the heads, the head size."
     num_experts: int = ranged(32, least=1)
-    "Experts in each layer, the shared one of router=shared_expert included."
+    "Experts in each layer, shared ones included."
     num_experts_per_tok: int = ranged(2, least=1)
-    "Experts that each token visits, the shared one included."
+    "Experts that each token visits, shared ones included."
+    num_shared_experts: int = ranged(1, least=1)
+    "Experts that every token visits; for router=shared_expert only."
     moe_intermediate_size: int = ranged(8192, least=1)
     "Hidden width of one expert."
     router: RouterKind = RouterKind.attention
-    "What picks experts: attention (Yuan2.0-M32), linear (classical), shared_expert (Qwen1.5-MoE)."
+    "What picks experts: attention (Yuan2.0-M32), linear (classical), shared_expert (DeepSeekMoE)."
     rms_norm_eps: float = ranged(1e-6, above=0.0)
     "Added to the mean square in every RMSNorm but that of the localized filter, which keeps 1e-6."
     rope_theta: float = ranged(10_000.0, above=1.0)
@@ -97,8 +99,9 @@ class ModelConfig:
             raise RecipeError(
                 line("model.num_experts_per_tok", self.num_experts_per_tok, rule, "change either")
             )
-        if self.router is RouterKind.shared_expert and self.num_experts_per_tok < 2:
-            rule = "must be at least 2 with model.router=shared_expert, which is one of them"
+        least = self.num_shared_experts + 1
+        if self.router is RouterKind.shared_expert and self.num_experts_per_tok < least:
+            rule = f"must be at least {least} with model.num_shared_experts={least - 1}, one routed"
             raise RecipeError(
                 line("model.num_experts_per_tok", self.num_experts_per_tok, rule, "raise it")
             )
@@ -154,5 +157,8 @@ def _layer_parameters(config: ModelConfig, *, experts: int) -> int:
     attention = 4 * hidden * config.attention_projection_size
     # Two convolutions of width 2, their biases and a norm.
     filters = 2 * (2 * hidden * half) + half + hidden + hidden
-    router = (3 if config.router is RouterKind.attention else 1) * config.num_experts * hidden
+    scored = config.num_experts
+    if config.router is RouterKind.shared_expert:
+        scored -= config.num_shared_experts
+    router = (3 if config.router is RouterKind.attention else 1) * scored * hidden
     return attention + filters + router + experts * expert_parameters(config) + 2 * hidden

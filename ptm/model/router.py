@@ -2,9 +2,9 @@
 
     attention       a tiny attention among the experts scores them (Yuan2.0-M32, arXiv 2405.17976)
     linear          one linear score per expert: the classical router
-    shared_expert   Qwen1.5-MoE's: every token visits the last expert, weighted by the sigmoid of
-                    its own gate; a linear router picks the others, weighted by their softmax over
-                    all (not renormalised: a single chosen expert would teach the router nothing)
+    shared_expert   DeepSeekMoE's (arXiv 2401.06066): every token visits the last experts, at weight
+                    one; a linear router picks the others, weighted by their softmax over all (not
+                    renormalised: a single chosen expert would teach the router nothing)
 
 All score in fp32 after a product in the model's type, drop no token, and have no auxiliary loss. A
 shared expert is an ordinary expert that is always among the active, so the three have the same
@@ -74,21 +74,22 @@ class LinearRouter(nn.Linear):
 
 
 class SharedExpertRouter(nn.Linear):
-    """Row e of the weight scores expert e; the last row is the shared expert's own gate."""
+    """Row e of the weight scores expert e; the last experts are shared and have no score."""
 
     def __init__(self, config: ModelConfig):
-        super().__init__(config.hidden_size, config.num_experts, bias=False)
-        self.num_active = config.num_experts_per_tok
+        routed = config.num_experts - config.num_shared_experts
+        super().__init__(config.hidden_size, routed, bias=False)
+        self.num_experts, self.num_shared = config.num_experts, config.num_shared_experts
+        self.num_routed = config.num_experts_per_tok - config.num_shared_experts
 
     def forward(self, x_TD: Tensor) -> Routing:  # type: ignore[override]
-        shared = self.out_features - 1
-        scores_TE = _wide(F.linear(x_TD, self.weight))
-        weights_TE = torch.cat(
-            [scores_TE[:, :shared].softmax(-1), scores_TE[:, shared:].sigmoid()], dim=-1
-        )
-        ids_TA = top_experts(scores_TE[:, :shared].detach(), self.num_active - 1)
-        ids_TA = torch.cat([ids_TA, torch.full_like(ids_TA[:, :1], shared)], dim=-1)
-        return Routing(ids_TA, weights_TE.gather(1, ids_TA), _counts(ids_TA, self.out_features))
+        scores_TE = _wide(F.linear(x_TD, self.weight)).softmax(-1)
+        ids_TA = top_experts(scores_TE.detach(), self.num_routed)
+        weights_TA = scores_TE.gather(1, ids_TA)
+        shared_S = torch.arange(self.out_features, self.num_experts, device=x_TD.device)
+        ids_TA = torch.cat([ids_TA, shared_S.expand(len(x_TD), -1)], dim=1)
+        weights_TA = F.pad(weights_TA, (0, self.num_shared), value=1.0)
+        return Routing(ids_TA, weights_TA, _counts(ids_TA, self.num_experts))
 
 
 ROUTERS: dict[RouterKind, type[nn.Module]] = {

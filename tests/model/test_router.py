@@ -40,12 +40,10 @@ def linear_oracle(router, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def shared_oracle(router, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    logits = x @ router.weight.detach().numpy().T
-    p = softmax(logits[:, :-1])
+    p = softmax(x @ router.weight.detach().numpy().T)
     best = p.argmax(1)[:, None]
-    gate = 1 / (1 + np.exp(-logits[:, -1:]))
     ids = np.concatenate([best, np.full_like(best, 31)], axis=1)
-    return ids, np.concatenate([np.take_along_axis(p, best, 1), gate], axis=1)
+    return ids, np.concatenate([np.take_along_axis(p, best, 1), np.ones((len(x), 1))], axis=1)
 
 
 ORACLES = {
@@ -87,11 +85,15 @@ def test_few_experts(kind, E):
     assert routing.ids_TA.shape == (6, A) and routing.counts_E.sum() == 6 * A
 
 
-def test_the_last_expert_is_shared_by_all_tokens():
-    router = router_of(RouterKind.shared_expert, num_experts_per_tok=3)
+@pytest.mark.parametrize("shared", [1, 2])
+def test_the_last_experts_are_shared_by_all_tokens(shared):
+    router = router_of(
+        RouterKind.shared_expert, num_experts_per_tok=2 + shared, num_shared_experts=shared
+    )
     routing = router(random(20, 32, dtype=torch.float64))
-    assert (routing.ids_TA[:, -1] == 31).all() and (routing.ids_TA[:, :2] < 31).all()
-    assert routing.counts_E[31] == 20
+    assert (routing.ids_TA[:, 2:] >= 32 - shared).all()
+    assert (routing.ids_TA[:, :2] < 32 - shared).all()
+    assert routing.counts_E[32 - shared :].tolist() == [20] * shared
 
 
 def test_a_token_is_routed_by_itself_alone():
@@ -105,7 +107,8 @@ def test_a_token_is_routed_by_itself_alone():
 
 def test_the_three_compare_at_equal_size_and_work():
     sizes = {kind: num_parameters(ModelConfig(router=kind)) for kind in RouterKind}
-    assert sizes[RouterKind.linear] == sizes[RouterKind.shared_expert]
+    # A shared expert needs no row of the router.
+    assert sizes[RouterKind.linear] == sizes[RouterKind.shared_expert] + 24 * 2048
     extra = sizes[RouterKind.attention] - sizes[RouterKind.linear]
     assert extra == 24 * 2 * 32 * 2048  # queries and keys, 0.008 % of the model
     for kind in RouterKind:
