@@ -64,7 +64,8 @@ def line_chart(
     low, high = _padded(0.0 if from_zero else low, high, is_log=is_log)
     frame = _Frame(series, low, high, is_log=is_log, width=width, height=height)
     marks = [frame.curve(d, index) for index, d in enumerate(drawn)]
-    return _figure(title, drawn, frame, marks, write)
+    newest = " · ".join(write(d.newest) for d in drawn)
+    return _figure(title, drawn, frame, marks, write, newest)
 
 
 def stack_chart(
@@ -83,7 +84,8 @@ def stack_chart(
     for index, d in enumerate(drawn):
         marks.append(frame.area(d.x, base, base + d.mean, f"area s{index}"))
         base = base + d.mean
-    return _figure(title, drawn, frame, marks, write)
+    newest = write(sum(d.newest for d in drawn))
+    return _figure(title, drawn, frame, marks, write, newest)
 
 
 def _thinned(series: Series, most_points: int) -> _Drawn:
@@ -171,12 +173,16 @@ class _Frame:
 
 
 def _figure(
-    title: str, drawn: Sequence[_Drawn], frame: _Frame, marks: Sequence[str], write: Write
+    title: str,
+    drawn: Sequence[_Drawn],
+    frame: _Frame,
+    marks: Sequence[str],
+    write: Write,
+    newest: str,
 ) -> str:
     names = [d.name for d in drawn]
     keys = [f'<span class="key s{i}">{escape(name)}</span>' for i, name in enumerate(names)]
     legend = "".join(keys) if len(keys) > 1 else ""
-    newest = " · ".join(escape(write(d.newest)) for d in drawn)
     data = [
         {
             "name": d.name,
@@ -191,7 +197,7 @@ def _figure(
     points = escape(json.dumps(data, separators=(",", ":")))
     return (
         f'<figure class="chart"><figcaption><b>{escape(title)}</b>{legend}'
-        f'<span class="newest">{newest}</span></figcaption>'
+        f'<span class="newest">{escape(newest)}</span></figcaption>'
         f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}" '
         f'data-points="{points}"><clipPath id="{clip}"><rect x="{_LEFT - 5}" y="{_TOP}" '
         f'width="{width - _LEFT - _RIGHT + 10}" height="{height - _TOP - _BOTTOM}"/></clipPath>'

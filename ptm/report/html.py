@@ -31,8 +31,8 @@ _MOST_EVENTS = 300
 _WIDE = 1172
 
 
-def write_report(run_dir: Path | str) -> Path:
-    """Write `report.html` into a run folder and return its path.
+def write_report(run_dir: Path | str, *, out: Path | str | None = None) -> Path:
+    """Write the page about a run folder to `out`, or report.html in it, and return its path.
 
     Raises RecipeError when there is no such folder, StorageError when it cannot be written.
     """
@@ -40,7 +40,8 @@ def write_report(run_dir: Path | str) -> Path:
     if not folder.is_dir():
         raise RecipeError(line("run", run_dir, "must be a run folder", "give the run.dir of a run"))
     text = render(read_run(folder))
-    path, new = folder / "report.html", folder / f"report.html.{os.getpid()}.tmp"
+    path = folder / "report.html" if out is None else Path(out)
+    new = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         new.write_text(text, encoding="utf-8")
         new.replace(path)
@@ -275,8 +276,8 @@ def _events(events: list[dict[str, Any]]) -> str:
 
 
 def _field(key: str, value: Any) -> str:
-    if key.endswith("_bytes") and math.isfinite(number(value)):
-        return f"{key[:-6]} {format_bytes(number(value))}"
+    if key.endswith("bytes") and math.isfinite(number(value)):
+        return f"{key[:-6]} {format_bytes(number(value))}".strip()
     if key.endswith("_s") and math.isfinite(number(value)):
         return f"{key[:-2]} {number(value):,.4g} s"
     return f"{key} {_short(value)}"

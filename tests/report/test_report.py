@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ptm.common.errors import RecipeError
+from ptm.common.errors import RecipeError, StorageError
 from ptm.report import heat
 from ptm.report.chart import Series, line_chart, stack_chart
 from ptm.report.html import write_report
@@ -79,6 +79,13 @@ def test_report_of_a_run(tmp_path: Path) -> None:
         assert wanted in words
     assert page.count("figure", "chart") == 11 and page.count("figure", "layer") == 2
     assert list(tmp_path.glob("report.html.*")) == []
+
+
+def test_report_elsewhere(tmp_path: Path) -> None:
+    assert write_report(tmp_path, out=tmp_path / "a.html") == tmp_path / "a.html"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.html"]
+    with pytest.raises(StorageError, match="must be writable"):
+        write_report(tmp_path, out=tmp_path / "absent" / "a.html")
 
 
 def test_report_needs_nothing_from_outside(tmp_path: Path) -> None:
