@@ -40,7 +40,7 @@ from ptm.parts import (
     say_if,
 )
 from ptm.planner.explain import plan_run
-from ptm.recipe import Recipe, describe_difference, load_recipe
+from ptm.recipe import Recipe, describe_difference, dump, load_recipe
 from ptm.recipe_files import shipped
 from ptm.report.html import write_report
 from ptm.serve.generator import Sampling, stream_text
@@ -56,9 +56,10 @@ def train(recipe: Recipe) -> None:
     """Train to the last step, or until asked to stop. Leaves a checkpoint, a sample and a
     report."""
     plan = make_plan(recipe)
-    say(describe_difference(recipe) + "\n\n" + plan.text())
     if recipe.dry_run:
+        say(f"{dump(recipe)}\n{plan.text()}")
         return
+    say(f"{describe_difference(recipe)}\n\n{plan.text()}")
     with open_run(recipe, plan) as parts:
         if parts.run.state.step < recipe.train.steps:
             fit(parts.run)
