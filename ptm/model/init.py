@@ -1,9 +1,11 @@
-"""New weights as the published training made them (Megatron's): every tensor a pure function of
-seed and name.
+"""New weights as the published training made them (Megatron's): every tensor a pure function
+of seed and name.
 
-    matrices                      N(0, initializer_range) o_proj, experts.w2            N(0,
-    initializer_range / sqrt(2 x layers)): they write into the residual stream norms
-    1 convolutions and their biases U(-1/sqrt(fan_in), 1/sqrt(fan_in))
+    matrices                        N(0, initializer_range)
+    o_proj, experts.w2              N(0, initializer_range / sqrt(2 x layers)): they write into
+                                    the residual stream
+    norms                           1
+    convolutions and their biases   U(-1/sqrt(fan_in), 1/sqrt(fan_in))
 
 Numbers are drawn on the CPU in fp32 from a generator of the tensor's own, so they do not depend on
 the order of tensors, the number of ranks, the device or the type the model runs in.
