@@ -1,13 +1,12 @@
 """Memory of one rank in closed form: one function for each kind, checked against the allocator.
 
-A step has five moments at which a rank can hold most beside its states, and the plan takes the
-largest; in between, less is held:
+A step has four moments at which a rank can hold most beside its states, and the plan takes the
+largest; in between, and at the embedding in the end, less is held:
 
     loss       all saved activations, one chunk of logits, the gradient of the head
     head       the same without logits, while the backward scales that gradient
     experts    the backward of the last layer's experts: their rows and their weights' gradients
     attention  that of its attention, which at long sequences makes large blocks of scores
-    embedding  no activations, the embedding's gradient met by the tied head's
 
 and the update, when no activation is alive, but the gradients of all ranks' shards are. With
 recompute=block, layers save their input only and one layer at a time is saved whole.
@@ -143,7 +142,6 @@ def _moments(job: Job) -> dict[str, int]:
         "head": saved + 2 * row_bytes + 2 * head_fp32 + cast,
         "experts": (layers - 1) * below + _shared(job) + waiting + _experts_backward(job),
         "attention": (layers - 1) * below + _shared(job) + waiting + _attention_backward(job),
-        "embedding": row_bytes + 2 * head + waiting,
     }
 
 
