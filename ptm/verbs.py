@@ -125,7 +125,7 @@ def report(job: ReportJob) -> None:
     if not Path(job.run).is_dir():
         remedy = "name a run folder, as in runs/m32-mini"
         raise RecipeError(line("run", job.run, "is not a folder", remedy))
-    print(write_report(Path(job.run)))
+    print(write_report(Path(job.run), out=job.out))
 
 
 def bench(job: BenchJob) -> None:

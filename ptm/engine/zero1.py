@@ -36,6 +36,9 @@ from ptm.engine.config import EngineConfig
 from ptm.mesh.collectives import all_gather, all_reduce_sum, reduce_scatter_sum
 from ptm.mesh.mesh import Mesh
 
+NORM_PIECE = 2**20
+"""Elements whose squares are added up at once."""
+
 Update = Callable[..., None]
 """`update(param, grad=, exp_avg=, exp_avg_sq=, step=, lr=, decay=)` on flat fp32 ranges;
 optim.adamw is one."""
@@ -122,12 +125,9 @@ class Zero1Engine:
         shards = [
             reduce_scatter_sum(bucket.grads_NS, group, self.mesh.ledger) for bucket in self.buckets
         ]
-        square = sum(
-            (torch.linalg.vector_norm(g, dtype=torch.float64) ** 2 for g in shards), torch.zeros(())
-        )
-        heard = torch.tensor(
-            [float(square), float(tokens), float(nll_sum), *flags], dtype=torch.float64
-        )
+        square = sum(_square(shard_S) for shard_S in shards)
+        said = [square, float(tokens), float(nll_sum), *flags]
+        heard = torch.tensor(said, dtype=torch.float64)
         heard = all_reduce_sum(heard.to(self.mesh.device), group, self.mesh.ledger).tolist()
         total = max(heard[1], 1.0)
         norm = math.sqrt(heard[0]) / total if heard[0] >= 0 else math.nan
@@ -220,6 +220,12 @@ class Zero1Engine:
     def report(self) -> dict[str, float]:
         ledger = self.mesh.ledger
         return {f"{name}_bytes": float(entry.sent_bytes) for name, entry in ledger.entries.items()}
+
+
+def _square(shard_S: Tensor) -> float:
+    # In fp64, piece by piece: torch would widen the whole shard at once.
+    norms = (torch.linalg.vector_norm(p, dtype=torch.float64) for p in shard_S.split(NORM_PIECE))
+    return sum(float(norm) ** 2 for norm in norms)
 
 
 def _buckets(model: nn.Module, bucket_bytes: int, mesh: Mesh) -> Iterator[Bucket]:

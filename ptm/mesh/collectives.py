@@ -64,8 +64,8 @@ def reduce_scatter_sum(pieces_NS: Tensor, group: dist.ProcessGroup, ledger: Ledg
     with ledger.record("reduce_scatter", (world - 1) * piece_bytes, (world - 1) * piece_bytes):
         received_NS = torch.empty_like(pieces_NS)
         dist.all_to_all_single(received_NS, pieces_NS, group=group)
-        total_S = received_NS[0]
-        for other_S in received_NS[1:]:
+        total_S = received_NS[0] + received_NS[1]  # of its own, so that the rest can go
+        for other_S in received_NS[2:]:
             total_S += other_S
     return total_S
 

@@ -27,6 +27,7 @@ from dataclasses import dataclass, replace
 
 from ptm.common.plan import Need
 from ptm.common.units import KIB, MIB, format_bytes
+from ptm.engine.zero1 import NORM_PIECE
 from ptm.kernels import attention as attention_kernel
 from ptm.kernels import loss as loss_kernel
 from ptm.kernels.permute import ALIGN, grouped_rows
@@ -230,15 +231,16 @@ def _shared(job: Job) -> int:
 def update(job: Job) -> int:
     """The most that the optimizer step holds beside the states."""
     largest, c, N = max(_shard_sizes(job)), job.compute_bytes, job.ranks
-    squares = largest * 2 * FP32  # the norm is taken in fp64
+    squares = min(largest, NORM_PIECE) * 2 * FP32
+    exchanged = largest * N * FP32 if N > 1 else 0
     published = largest * c if c != FP32 else 0
     gathered = 2 * largest * N * c if N > 1 else 0
-    return received(job) + max(squares, published + gathered)
+    return received(job) + max(squares, exchanged, published + gathered)
 
 
 def received(job: Job) -> int:
-    """Every rank's gradients of this rank's shards, held until the update has used them."""
-    return sum(_shard_sizes(job)) * job.ranks * FP32 if job.ranks > 1 else 0
+    """Summed gradients of this rank's shards, held until the update has used them."""
+    return sum(_shard_sizes(job)) * FP32 if job.ranks > 1 else 0
 
 
 def buffers(job: Job) -> dict[str, int]:

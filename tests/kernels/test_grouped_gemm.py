@@ -9,7 +9,7 @@ from ptm.kernels.permute import ALIGN, aligned, combine, grouped_rows, permute, 
 from tests.support.compare import TOLERANCE, assert_same_maths, distance, random
 
 COUNTS = {
-    "even": [8, 8, 8, 8],
+    "even": [16, 16, 16, 16],
     "uneven": [1, 0, 23, 9],
     "all to one": [0, 0, 40, 0],
     "the last only": [0, 0, 0, 3],
@@ -82,11 +82,11 @@ def test_mixture_agrees_with_a_dense_sum(T, E, A, dtype):
 def test_layout_is_grouped_aligned_and_in_token_order():
     ids = torch.tensor([[2, 0], [0, 3], [2, 3], [0, 2]])
     counts = torch.bincount(ids.flatten(), minlength=4)
-    assert aligned(counts).tolist() == [8, 0, 8, 8]
-    assert slots(ids, counts).tolist() == [[8, 0], [1, 16], [9, 17], [2, 10]]
+    assert aligned(counts).tolist() == [16, 0, 16, 16]
+    assert slots(ids, counts).tolist() == [[16, 0], [1, 32], [17, 33], [2, 18]]
     rows = permute(torch.arange(1.0, 5.0)[:, None], slots(ids, counts), grouped_rows(8, 4))
-    assert rows.flatten().nonzero().flatten().tolist() == [0, 1, 2, 8, 9, 10, 16, 17]
-    assert rows.flatten()[[0, 1, 2, 8, 9, 10, 16, 17]].tolist() == [1, 2, 4, 1, 3, 4, 2, 3]
+    assert rows.flatten().nonzero().flatten().tolist() == [0, 1, 2, 16, 17, 18, 32, 33]
+    assert rows.flatten()[[0, 1, 2, 16, 17, 18, 32, 33]].tolist() == [1, 2, 4, 1, 3, 4, 2, 3]
 
 
 def test_unused_experts_get_gradients_of_exactly_zero():
@@ -100,7 +100,7 @@ def test_unused_experts_get_gradients_of_exactly_zero():
 
 def test_torch_grouped_gemm_agrees_with_the_loop():
     """The products that the CUDA path is made of."""
-    counts = torch.tensor([8, 0, 24, 16])
+    counts = torch.tensor([16, 0, 48, 32])
     x, w1 = grouped(counts.tolist(), 16, torch.float32).detach(), random(4, 48, 16).detach()
     offsets = aligned(counts).cumsum(0).to(torch.int32)
     n = int(offsets[-1])
