@@ -34,8 +34,8 @@ from torch.distributed.tensor import DTensor, Shard
 from ptm.checkpoint.manifest import MODEL, Entry, entry_of
 from ptm.checkpoint.safetensors_file import as_bytes
 
-# torch's writer builds a file in memory and holds the interpreter lock, 0.1 s per 64 MiB (2026-11, 2
-# cores of an EPYC): the training thread starts nothing meanwhile, so files are kept this small.
+# torch's writer builds a file in memory and holds the interpreter lock, 0.1 s per 64 MiB (2026-11,
+# 2 cores of an EPYC): the training thread starts nothing meanwhile, so files are kept this small.
 FILE_BYTES = 64 * 2**20
 
 

@@ -105,7 +105,8 @@ def bad_data(rng: random.Random, folder: Path, trained: Path) -> Case:
     else:
         (folder / "loop").symlink_to(folder / "loop")
         path = folder / "loop"
-    return ["data", "prepare", f"data.source={path}", "data.bad_rows=fail", "model.vocab_size=300"], 4
+    words = ["data", "prepare", f"data.source={path}", "data.bad_rows=fail"]
+    return [*words, "model.vocab_size=300"], 4
 
 
 def bad_tokenizer(rng: random.Random, folder: Path, trained: Path) -> Case:
