@@ -12,13 +12,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ptm.build import load_model
+    from ptm.checkpoint.load_model import load_model
     from ptm.recipe import load_recipe
 
 __all__ = ["__version__", "load_model", "load_recipe"]
 __version__ = "0.1.0"
 
-_HOMES = {"load_recipe": "ptm.recipe", "load_model": "ptm.build"}
+_HOMES = {"load_recipe": "ptm.recipe", "load_model": "ptm.checkpoint.load_model"}
 
 
 def __getattr__(name: str) -> Any:

@@ -34,13 +34,13 @@ def peak_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.25) 
     """
     side = 1024 if device.type == "cpu" else 8192
     a = torch.randn(side, side, device=device).to(dtype)
-    a @ a
+    torch.mm(a, a)
     best_s = float("inf")
     ends = time.perf_counter() + seconds
     while time.perf_counter() < ends:
         sync(device)
         started = time.perf_counter()
-        a @ a
+        torch.mm(a, a)
         sync(device)
         best_s = min(best_s, time.perf_counter() - started)
     return 2 * side**3 / best_s
