@@ -85,7 +85,9 @@ def run(bench: BenchJob) -> None:
     found = [f.result() for f in futures]
     result = summary(found, bench)
     result["took_s"] = round(time.time() - started, 1)
-    Console().print(table(result))
+    console = Console()
+    console.width = max(console.width, 110)  # a table in a log file is not wrapped
+    console.print(table(result))
     if bench.json:
         Path(bench.json).write_text(json.dumps(result, indent=1) + "\n")
 
