@@ -11,6 +11,7 @@ everything in the reverse order.
 from __future__ import annotations
 
 import functools
+import shlex
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from ptm import run_folder
 from ptm.checkpoint.commit import preflight
 from ptm.checkpoint.save import Saver
 from ptm.common import env, incident
+from ptm.common.agent import stop_with_agent
 from ptm.common.device import peak_flops
 from ptm.common.parse import schema_of
 from ptm.common.plan import Plan
@@ -55,6 +57,7 @@ SAMPLE = Sampling(prompt="import os\n\n\ndef ", max_new_tokens=160, temperature=
 def train(recipe: Recipe) -> None:
     """Train to the last step, or until asked to stop. Leaves a checkpoint, a sample and a
     report."""
+    stop_with_agent()
     plan = make_plan(recipe)
     if recipe.dry_run:
         say(f"{dump(recipe)}\n{plan.text()}")
@@ -144,7 +147,13 @@ def open_run(recipe: Recipe, plan: Plan) -> Iterator[Parts]:
         )
         stack.callback(saver.close)
         saver.prepare(engine.state())
-        metrics.event("resume" if state.step else "start", step=state.step, world=mesh.world)
+        peak = peak_flops(mesh.device, DTYPES[recipe.train.precision])
+        metrics.event(
+            "resume" if state.step else "start",
+            step=state.step,
+            world=mesh.world,
+            peak_gflops_per_rank=round(peak / 1e9, 1),
+        )
         num_rows = recipe.train.batch_tokens // recipe.train.seq_len
         rows = functools.partial(
             Batches,
@@ -168,7 +177,7 @@ def open_run(recipe: Recipe, plan: Plan) -> Iterator[Parts]:
             state=state,
             metrics=metrics,
             flops_per_token=flops_per_token(recipe.model, recipe.train.seq_len),
-            peak_flops=peak_flops(mesh.device, DTYPES[recipe.train.precision]),
+            peak_flops=peak,
             save_every=recipe.checkpoint.interval,
             evaluate_every=recipe.eval.interval,
             save=functools.partial(save, recipe, engine, saver, tokenizer_folder),
@@ -188,4 +197,4 @@ def finish(recipe: Recipe, parts: Parts) -> None:
     for text in stream_text(parts.model, parts.corpus.tokenizer, SAMPLE):
         print(text, end="", flush=True)
     say(f"\n\nreport: {write_report(recipe.run_dir)}")
-    say(f"more:   ptm generate {recipe.run_dir} prompt='import '")
+    say(f"more:   ptm generate {shlex.quote(str(recipe.run_dir))} prompt='import '")

@@ -11,6 +11,7 @@ change between two starts is listed in FREE.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -31,8 +32,9 @@ from ptm.recipe import Recipe, Resume, dump, load_recipe
 FREE = re.compile(
     r"resume|dry_run|recipe|(run|log|checkpoint|eval|engine)\..*"
     r"|data\.(workers|prefetch|cache_dir)|train\.(steps|micro_batch_size|recompute|max_skipped)"
+    r"|train\.(lr|min_lr|warmup_steps|schedule|clip)|optim\..*"
 )
-"""Keys that may differ when a run goes on: how it runs, not what it trains."""
+"""Keys that may differ when a run goes on: how it runs and how fast it learns, not what."""
 
 
 def claim(recipe: Recipe, stack: ExitStack) -> None:
@@ -62,13 +64,28 @@ def claim(recipe: Recipe, stack: ExitStack) -> None:
 
 def _hold(folder: Path, stack: ExitStack) -> None:
     # The lock is the kernel's: it goes with its process, however that ends.
-    lock = stack.enter_context((folder / ".lock").open("a"))
+    lock = stack.enter_context((folder / ".lock").open("a+"))
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        rule = "another process is training in it"
-        remedy = "wait for it, or name another run.dir"
+        lock.seek(0)
+        rule = f"{lock.read().strip() or 'another process'} is training in it"
+        remedy = "wait for it, stop it, or name another run.dir"
         raise RecipeError(line("run.dir", folder, rule, remedy)) from None
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {platform.node()}")
+    lock.flush()
+    stack.callback(_remove_if_unused, folder)
+
+
+def _remove_if_unused(folder: Path) -> None:
+    # A start that failed before its first line leaves nothing behind.
+    if (folder / "metrics.jsonl").exists() or (folder / "incidents").exists():
+        return
+    with contextlib.suppress(OSError):
+        (folder / "checkpoints").rmdir()
+        (folder / ".lock").unlink()
+        folder.rmdir()
 
 
 def _refuse_another_run(recipe: Recipe, folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ import torch
 from ptm.bench import router
 from ptm.build import make_plan
 from ptm.checkpoint.folders import step_folder
+from ptm.checkpoint.hf import Opened
 from ptm.checkpoint.load_model import module_of
 from ptm.checkpoint.open_model import open_model
 from ptm.common import env
@@ -43,9 +45,8 @@ def plan(job: PlanJob) -> None:
 
 def generate(job: GenerateJob) -> None:
     """Stream a continuation of the prompt to stdout."""
-    folder = model_folder(job.run, job.step)
-    opened = open_model(folder)
-    tokenizer = load_tokenizer(opened.tokenizer)
+    opened, folder = _open(job.run, job.step)
+    tokenizer = load_tokenizer(_tokenizer_of(opened, folder))
     model = module_of(opened, folder).to(best_device())
     sampling = Sampling(job.prompt, job.max_new_tokens, job.temperature, job.top_p, job.seed)
     for text in stream_text(model, tokenizer, sampling):
@@ -55,12 +56,10 @@ def generate(job: GenerateJob) -> None:
 
 def evaluate(job: EvalJob) -> None:
     """Print held-out loss, perplexity and bits per byte of a model; every rank takes part."""
-    folder = model_folder(job.run, job.step)
-    opened = open_model(folder)
-    tokenizer_folder = opened.tokenizer
+    opened, folder = _open(job.run, job.step)
     mesh = open_mesh(600)
     model = module_of(opened, folder).to(mesh.device)
-    corpus, seq_len = _text(job, Path(job.run), tokenizer_folder, model)
+    corpus, seq_len = _text(job, Path(job.run), _tokenizer_of(opened, folder), model)
     batches = Batches(
         corpus.held_out,
         mesh,
@@ -72,10 +71,11 @@ def evaluate(job: EvalJob) -> None:
     token_bytes = torch.as_tensor(corpus.tokenizer.token_bytes(), device=mesh.device)
     found = held_out(model, batches.micro_batches(0), token_bytes=token_bytes, mesh=mesh)
     if mesh.is_main:
+        print(f"{'model':16} {opened.folder}")
         for name, value in found.items():
             print(f"{name.removeprefix('eval_'):16} {value:,.4f}")
         if job.json:
-            write_json(job.json, {"run": job.run, "model": str(folder), **found})
+            write_json(job.json, {"run": job.run, "model": str(opened.folder), **found})
     mesh.close()
 
 
@@ -122,9 +122,10 @@ def data(job: DataJob) -> None:
 
 def report(job: ReportJob) -> None:
     """Write the page and say where it is."""
-    if not Path(job.run).is_dir():
+    run = Path(job.run)
+    if not any((run / name).exists() for name in ("metrics.jsonl", "recipe.yaml")):
         remedy = "name a run folder, as in runs/m32-mini"
-        raise RecipeError(line("run", job.run, "is not a folder", remedy))
+        raise RecipeError(line("run", job.run, "is not the folder of a run", remedy))
     print(write_report(Path(job.run), out=job.out))
 
 
@@ -134,6 +135,24 @@ def bench(job: BenchJob) -> None:
         rule = f"must be one of {', '.join(BENCHES)}"
         raise RecipeError(line("name", job.name, rule, "as in `ptm bench router`"))
     BENCHES[job.name](job)
+
+
+def _open(run: str, step: int | None) -> tuple[Opened, Path]:
+    """What is in a folder, said on stderr where it is not what was asked for."""
+    folder = model_folder(run, step)
+    opened = open_model(folder)
+    if env.ranks().rank == 0:
+        for note in opened.notes:
+            print(note, file=sys.stderr)
+    return opened, folder
+
+
+def _tokenizer_of(opened: Opened, folder: Path) -> Path:
+    files = [*opened.tokenizer.glob("tokenizer.json"), *opened.tokenizer.glob("*.model")]
+    if not files:
+        remedy = "put its tokenizer.json or tokenizer.model there"
+        raise CheckpointError(line("run", folder, "has no tokenizer", remedy))
+    return opened.tokenizer
 
 
 def model_folder(run: str, step: int | None) -> Path:

@@ -113,8 +113,8 @@ def disk_errors(folder: Path) -> Iterator[None]:
 
 def storage_error(folder: Path, error: OSError) -> StorageError:
     remedy = _REMEDIES.get(errno.errorcode.get(error.errno or 0, ""), "look at the disk")
-    found = error.strerror or str(error)
-    return StorageError(line(f"{error.filename or folder}", found, "cannot be written", remedy))
+    rule = f"cannot be written ({error.strerror or error})"
+    return StorageError(line("checkpoint", error.filename or folder, rule, remedy))
 
 
 def _entries(root: Path) -> list[os.DirEntry[str]]:

@@ -68,6 +68,8 @@ class Opened(NamedTuple):
     origin: Origin | None
     tokenizer: Path
     notes: tuple[str, ...]
+    folder: Path
+    """Where the weights are: of a run, the step that was taken."""
 
 
 def open_hf(folder: Path) -> Opened:
@@ -87,7 +89,7 @@ def open_hf(folder: Path) -> Opened:
         _check_tied(kept)
     weights = RowsSource(kept, imported(model, layout))
     origin = Origin(layout, tied_copy, parsed.carried)
-    return Opened(model, weights, origin, folder, tuple(notes))
+    return Opened(model, weights, origin, folder, tuple(notes), folder)
 
 
 def write_hf(

@@ -44,7 +44,7 @@ def open_checkpoint(folder: Path, found: Manifest) -> Opened:
     if model.router is RouterKind.attention:
         check_shapes(weights, our_shapes(model), folder)
     origin = _origin(found.meta[PUBLISHED_KEY]) if PUBLISHED_KEY in found.meta else None
-    return Opened(model, weights, origin, folder / TOKENIZER, ())
+    return Opened(model, weights, origin, folder / TOKENIZER, (), folder)
 
 
 def write_checkpoint(

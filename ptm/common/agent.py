@@ -20,6 +20,7 @@ torch.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import signal
 import socket
@@ -31,6 +32,8 @@ from typing import Any, NoReturn
 
 from ptm.common import env
 from ptm.common.errors import Requeue, line
+
+PR_SET_PDEATHSIG = 1
 
 
 def rendezvous_handler() -> Any:
@@ -44,6 +47,15 @@ def rendezvous_handler() -> Any:
 
 def _no_backend(params: Any) -> NoReturn:
     raise ValueError("ptm is not a rendezvous backend; use --rdzv-backend=c10d")
+
+
+def stop_with_agent() -> None:
+    """Have the kernel send this rank SIGTERM when its agent dies: it saves and leaves, no orphan.
+
+    For ranks of torchrun, on Linux; elsewhere it does nothing.
+    """
+    if env.under_torchrun() and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
 def is_agent_of_ptm(argv: list[str]) -> bool:
@@ -113,7 +125,8 @@ def of_signal(number: int, codes: list[int]) -> tuple[int, str]:
     if codes and not any(codes):
         return 0, ""
     name = signal.Signals(number).name
-    return 128 + number, line("signal", name, "stopped before a step was saved", "start it again")
+    rule = "ended without saving this start's steps"
+    return 128 + number, line("signal", name, rule, "the same command goes on from the last one")
 
 
 def _killed(rank: int, number: int) -> str:

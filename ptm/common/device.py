@@ -26,13 +26,13 @@ def memory_bytes(device: torch.device) -> int:
     return psutil.Process().memory_info().rss
 
 
-def peak_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.25) -> float:
+def peak_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> float:
     """FLOP/s of a large matrix product with this process's threads: the best of repeated runs, so
     noise only lowers it.
 
     Measured rather than looked up, so that MFU means the same on a laptop and on a GPU.
     """
-    side = 1024 if device.type == "cpu" else 8192
+    side = 512 if device.type == "cpu" else 8192  # short, so that some run undisturbed
     a = torch.randn(side, side, device=device).to(dtype)
     torch.mm(a, a)
     best_s = float("inf")

@@ -80,7 +80,7 @@ class DivergedError(PtmError, ArithmeticError):
 
 def line(key: str, value: Any, rule: str, remedy: str) -> str:
     """The house's one-line message, `key=value: rule; remedy`; long values are cut at 80."""
-    shown = str(value)
+    shown = ", ".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
     if len(shown) > 80:
         shown = shown[:77] + "..."
     shown = shown.encode("unicode_escape").decode("ascii") if not shown.isprintable() else shown

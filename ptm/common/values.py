@@ -12,6 +12,7 @@ None`.
 
 from __future__ import annotations
 
+import os
 import re
 import types
 import typing
@@ -56,6 +57,8 @@ def from_word(text: str, hint: Any, *, is_prose: bool = False) -> Any:
         return None
     if typing.get_origin(kind) is tuple:
         return _tuple_from_word(text, kind)
+    if text.startswith("~/"):  # a shell does not expand it behind key=
+        text = os.path.expanduser(text)
     if kind is str and text[:1] + text[-1:] in ("[]", "{}"):
         raise Mismatch("must be one text, not a list or mapping", "remove the brackets")
     return _scalar(text, kind)

@@ -116,7 +116,8 @@ def serve(module: str, memory_bytes: int) -> None:
             result = {"error": type(e).__name__, "message": str(e)}
         except OSError as e:
             where = e.filename or "the cache"
-            storage = line("data.cache_dir", where, f"{e.strerror or e}", "free or change the disk")
+            rule = f"cannot be written ({e.strerror or e})"
+            storage = line("data.cache_dir", where, rule, "free or change the disk")
             result = {"error": "StorageError", "message": storage}
         signal.setitimer(signal.ITIMER_REAL, 0)
         send(result)

@@ -164,8 +164,9 @@ def open_corpus(
     except StorageError:
         raise
     except OSError as e:
+        rule = f"cannot be written ({e.strerror or e})"
         remedy = "free space, or set data.cache_dir to a folder that can be written"
-        raise StorageError(line("data.cache_dir", cache, f"{e.strerror or e}", remedy)) from e
+        raise StorageError(line("data.cache_dir", cache, rule, remedy)) from e
     pool = [shard for one in shards for shard in one]
     if is_all_held_out:
         train, weights = [], ()

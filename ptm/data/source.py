@@ -66,7 +66,8 @@ def find(source: str) -> list[File]:
         names = [source] if os.path.lexists(source) else glob.glob(source, recursive=True)
         files = [f for name in names for f in _named(Path(name))]
     if not files:
-        rule = f"no file ending in {', '.join(SUFFIXES)} was found"
+        is_missing = not glob.has_magic(source) and not os.path.lexists(source)
+        rule = "does not exist" if is_missing else f"holds no file ending in {', '.join(SUFFIXES)}"
         raise DataError(line("data.source", source, rule, "name a folder, a glob or python_stdlib"))
     return sorted(files)
 

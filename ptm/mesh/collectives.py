@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ptm.mesh.peers import lost
+
 # torch 2.13 renamed it, and warns on each call of the old name.
 _all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
@@ -40,7 +42,10 @@ class Ledger:
     @contextmanager
     def record(self, name: str, sent_bytes: int, bound_bytes: int) -> Iterator[None]:
         started = time.perf_counter()
-        yield
+        try:
+            yield
+        except RuntimeError as error:  # gloo's and NCCL's word for a peer that is gone or late
+            raise lost(error) from error
         entry = self.entries.setdefault(name, Entry())
         entry.calls += 1
         entry.sent_bytes += sent_bytes

@@ -10,6 +10,7 @@ The group must be used by one thread at a time and by nothing else meanwhile: `M
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -70,9 +71,11 @@ class Peers:
 
 def lost(error: Exception) -> HangError:
     """What a failed collective means: a peer has left, or did not answer in time."""
-    return HangError(
-        line("peers", str(error), "a rank has left or is late", "see what the other ranks printed")
-    )
+    why = re.sub(r"^\[[^\]]*\] ", "", str(error)).splitlines()[
+        0
+    ]  # gloo begins with its own source line
+    remedy = "see what the other ranks printed; start again to go on from the last checkpoint"
+    return HangError(line("ranks", why, "a rank has left or is late", remedy))
 
 
 def _kind(error: Exception) -> type[Exception]:

@@ -41,7 +41,7 @@ class RopeMode(Choice):
 @config
 class ModelConfig:
     scale: Scale = Scale.auto
-    "Size of the model: full (40 B), mini, debug, or auto for the largest that this machine trains."
+    "Size of the model: full (40 B), mini, debug, or auto: full with an accelerator, else mini."
     vocab_size: int = ranged(135_040, least=1)
     "Rows of the embedding; the tokenizer's pieces, padded."
     hidden_size: int = ranged(2048, least=1)

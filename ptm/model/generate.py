@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ptm.common.errors import RecipeError, line
 
 if TYPE_CHECKING:
     from ptm.model.cache import Cache
@@ -30,8 +33,11 @@ def stream(
 
     Temperature 0 takes the likeliest token. Rows shorter than the longest are padded on the left,
     with attention_mask (B, L) 0 there. Random numbers come from a generator of this call's own.
-    Without the cache every step runs the whole rows again, for comparison.
+    Without the cache every step runs the whole rows again, for comparison. Raises RecipeError.
     """
+    _check("max_new_tokens", max_new_tokens, "must be at least 0", max_new_tokens >= 0)
+    _check("temperature", temperature, "must be finite and at least 0", 0 <= temperature < math.inf)
+    _check("top_p", top_p, "must be above 0 and at most 1", 0 < top_p <= 1)
     generator = torch.Generator().manual_seed(seed)
     cache = model.new_cache() if use_cache else None
     ids_BL, mask_BL = input_ids_BL, attention_mask
@@ -50,6 +56,11 @@ def stream(
         else:
             ids_BL = torch.cat([ids_BL, token_B[:, None]], dim=1)
             mask_BL = None if mask_BL is None else F.pad(mask_BL, (0, 1), value=1)
+
+
+def _check(key: str, value: float, rule: str, is_good: bool) -> None:
+    if not is_good:
+        raise RecipeError(line(key, value, rule, "change it"))
 
 
 def pick(

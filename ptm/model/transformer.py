@@ -149,10 +149,17 @@ class Transformer(nn.Module):
     def new_cache(self) -> Cache:
         return Cache(self.config.num_hidden_layers)
 
-    def generate(self, input_ids: Tensor, max_new_tokens: int, **kwargs: Any) -> Tensor:
-        """Prompt and continuation, (B, L + new); keywords as for ptm/model/generate.py's
+    def generate(
+        self,
+        input_ids: Tensor,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        **more: Any,
+    ) -> Tensor:
+        """Prompt and continuation, (B, L + new); more keywords as for ptm/model/generate.py's
         `stream`."""
-        new = list(generate.stream(self, input_ids, max_new_tokens, **kwargs))
+        new = list(generate.stream(self, input_ids, max_new_tokens, temperature, top_p, **more))
         return torch.cat([input_ids, *(token.unsqueeze(1) for token in new)], dim=1)
 
     def stream(self, input_ids: Tensor, max_new_tokens: int, **kwargs: Any) -> Iterator[Tensor]:

@@ -145,12 +145,13 @@ def _skip(run: Run, outcome: Outcome) -> None:
     state = run.state
     run.metrics.event("skip", step=state.step, where=outcome.where, in_a_row=state.skipped_in_a_row)
     if state.skipped_in_a_row > run.train.max_skipped:
+        in_a_row, state.skipped_in_a_row = state.skipped_in_a_row, 0  # the next start may try anew
         run.save(state, is_best=False, block=True)
         rule = (
-            f"{state.skipped_in_a_row} steps in a row had a non-finite gradient, "
+            f"{in_a_row} steps in a row had a non-finite gradient, "
             f"up to step {state.step}, in {outcome.where}"
         )
-        remedy = "lower train.lr, look at the data of these steps, or raise train.max_skipped"
+        remedy = "lower train.lr (it may change on resume), or look at the data of these steps"
         raise DivergedError(line("train.max_skipped", run.train.max_skipped, rule, remedy))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -49,8 +50,10 @@ def run_process(
             stderr=err,
             start_new_session=True,
         )
+        peak_bytes = 0
         while True:
-            pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+            peak_bytes = max(peak_bytes, most_resident_bytes(process.pid))
+            pid, status, _ = os.wait4(process.pid, os.WNOHANG)
             if pid:
                 break
             if time.monotonic() - started > timeout_s:
@@ -62,7 +65,20 @@ def run_process(
             file.seek(0)
             texts.append(file.read())
     wall_s = time.monotonic() - started
-    return Ended(process.returncode, texts[0], texts[1], wall_s, usage.ru_maxrss * 1024)
+    return Ended(process.returncode, texts[0], texts[1], wall_s, peak_bytes)
+
+
+def most_resident_bytes(pid: int) -> int:
+    """What a process has held at most since it began its program; 0 once it has ended.
+
+    Not ru_maxrss, which starts from the size of the process that forked.
+    """
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0
+    found = re.search(r"VmHWM:\s+(\d+) kB", status)
+    return int(found[1]) * 1024 if found else 0
 
 
 def ptm(*words: str | Path, cwd: Path, env: Variables | None = None) -> Ended:
