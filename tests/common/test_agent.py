@@ -94,7 +94,7 @@ def test_the_rank_speaks_and_the_agent_is_silent(
             "does_not_save",
             signal.SIGTERM,
             143,
-            "signal=SIGTERM: stopped before .*; start it again\n",
+            "signal=SIGTERM: ended without saving .*; the same command .*\n",
         ),
     ],
 )

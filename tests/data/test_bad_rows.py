@@ -269,9 +269,11 @@ def test_only_bad_rows(tmp_path: Path, cache: Path) -> None:
 
 
 def test_no_file(tmp_path: Path) -> None:
-    for source in (tmp_path, tmp_path / "*.txt", tmp_path / "gone.jsonl"):
+    for source in (tmp_path, tmp_path / "*.txt"):
         with pytest.raises(DataError, match=r"no file ending in \.txt"):
             find(str(source))
+    with pytest.raises(DataError, match=r"gone\.jsonl: does not exist"):
+        find(str(tmp_path / "gone.jsonl"))
 
 
 def test_standard_library_in_order() -> None:

@@ -230,7 +230,9 @@ def test_tokens_beyond_16_bits() -> None:
 def test_cache_that_cannot_be_written(make: Any, tmp_path: Path, cache: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", documents(50))
     cache.write_text("a file where a folder should be")
-    with pytest.raises(StorageError, match="data.cache_dir=.*Not a directory; free space") as e:
+    with pytest.raises(
+        StorageError, match=r"data.cache_dir=.*\(Not a directory\); free space"
+    ) as e:
         make("a.jsonl")
     assert e.value.exit_code == 74
 

@@ -120,7 +120,7 @@ def test_full_disk_is_told_and_leaves_no_corpus(settings: dict[str, object], cac
     process = start(settings, file_bytes=100_000, shard_bytes=1_000_000)
     _, err = process.communicate(timeout=100)
     told = err.splitlines()[-1]
-    assert told.startswith("74 data.cache_dir=") and "File too large; free" in told
+    assert told.startswith("74 data.cache_dir=") and "(File too large); free" in told
     assert not list(cache.glob("corpora/*/index.json"))
     out, _ = start(settings).communicate(timeout=100)  # once there is room
     assert json.loads(out)["train_documents"] > 8500

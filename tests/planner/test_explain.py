@@ -76,7 +76,7 @@ def full_job(ranks: int, device: str = "cpu") -> Job:
 
 def test_full_model_on_any_number_of_ranks_in_time_and_memory() -> None:
     code = """
-        import resource, time
+        import re, time
         from tests.planner.test_explain import full_job, machine
         from ptm.planner.search import changes, price
         for ranks in (1, 8, 16, 64, 512):
