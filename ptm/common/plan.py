@@ -63,7 +63,9 @@ class Plan:
 
     def rows(self) -> list[tuple[str, str]]:
         """What is planned, as pairs of words."""
-        rows = f"{self.batch_tokens // self.seq_len:,} rows of {self.seq_len:,}"
+        num_rows = self.batch_tokens // self.seq_len
+        rows = f"{num_rows:,} rows of {self.seq_len:,}"
+        idle = f"; {self.ranks - num_rows:,} ranks have none" if self.ranks > num_rows else ""
         total, active = self.num_parameters, self.active_parameters
         return [
             ("model", f"scale {self.scale}: {total:,} parameters ({format_count(total)})"),
@@ -72,7 +74,7 @@ class Plan:
             ("step", f"{self.batch_tokens:,} tokens = {rows}"),
             (
                 "a rank's share",
-                f"{self.micro_batches:,} micro-batches of {self.micro_batch_size:,} rows",
+                f"{self.micro_batches:,} micro-batches of {self.micro_batch_size:,} rows{idle}",
             ),
             ("precision", f"{self.precision}, recompute {self.recompute}"),
             ("ranks", f"{self.ranks:,} on {self.machine}"),

@@ -49,11 +49,16 @@ def price(job: Job, hardware: Hardware) -> Plan:
         precision=job.precision,
         recompute=job.recompute,
         needs=cost.needs(job),
-        machine=hardware.name,
+        machine=_machines(job.ranks, hardware),
         there_bytes=hardware.rank_bytes,
         there_why=hardware.why,
         checkpoint_bytes=num_parameters(job.model) * cost.MASTER_AND_MOMENTS,
     )
+
+
+def _machines(ranks: int, hardware: Hardware) -> str:
+    count = -(-ranks // hardware.ranks_per_node)
+    return hardware.name if count == 1 else f"{count:,} machines ({hardware.name})"
 
 
 def changes(job: Job, hardware: Hardware, others: Iterable[tuple[str, Job]] = ()) -> list[Change]:
