@@ -156,7 +156,7 @@ def test_names_that_are_no_settings_here() -> None:
         ("train.batch_tokens=1000", "multiple of train.seq_len=512; set train.batch_tokens=512"),
         ("train.batch_tokens=100", "multiple of train.seq_len=512; set train.batch_tokens=512"),
         ("train.micro_batch_size=17", "must be at most 16.*set train.micro_batch_size=16"),
-        ("train.warmup_steps=999", "must be at most train.steps=150; set train.warmup_steps=15"),
+        ("train.warmup_steps=999", "must be at most train.steps=200; set train.warmup_steps=20"),
         ("train.steps=10", "train.warmup_steps=20: must be at most train.steps=10.*m32.yaml:"),
     ],
 )
