@@ -51,7 +51,7 @@ from ptm.trainer.loop import Run, fit
 from ptm.trainer.metrics import Metrics
 from ptm.trainer.objectives import OBJECTIVES, ObjectiveKind
 
-SAMPLE = Sampling(prompt="import os\nimport sys\n", max_new_tokens=200, temperature=0.6, top_p=0.9)
+SAMPLE = Sampling(prompt="import os\n\n\nclass", max_new_tokens=160, temperature=0.8, top_p=0.9)
 
 
 def train(recipe: Recipe) -> None:
