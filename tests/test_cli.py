@@ -78,7 +78,7 @@ def test_unknown_verbs(word: str, guess: str, capsys: pytest.CaptureFixture[str]
         ),
         ("disk_full", 74, r"file=/run/x: cannot be read or written \(No space .*\); .*"),
         ("disk_full_below", 74, "disk=could not write: is full; make space, then resume=auto"),
-        ("not_allowed", 74, r"file=/root/x: cannot be read or written \(Permission .*\); .*"),
+        ("not_allowed", 74, r"file=/etc/x: cannot be read or written \(Permission .*\); .*"),
         ("interrupted", 130, "signal=SIGINT: interrupted, .*; .*"),
         ("not_installed", 70, "module=a_module_that_nobody_has: is not installed; pip install .*"),
     ],

@@ -55,7 +55,7 @@ def disk_full_below(config: Any) -> None:
 
 
 def not_allowed(config: Any) -> None:
-    raise PermissionError(errno.EACCES, "Permission denied", "/root/x")
+    raise PermissionError(errno.EACCES, "Permission denied", "/etc/x")
 
 
 def bug(config: Any) -> None:
