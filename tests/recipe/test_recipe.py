@@ -156,7 +156,7 @@ def test_names_that_are_no_settings_here() -> None:
         ("train.batch_tokens=1000", "multiple of train.seq_len=512; set train.batch_tokens=512"),
         ("train.batch_tokens=100", "multiple of train.seq_len=512; set train.batch_tokens=512"),
         ("train.micro_batch_size=17", "must be at most 16.*set train.micro_batch_size=16"),
-        ("train.warmup_steps=999", "must be at most train.steps=200; set train.warmup_steps=20"),
+        ("train.warmup_steps=999", r"must be at most train.steps=\d+; set train.warmup_steps=\d+"),
         ("train.steps=10", "train.warmup_steps=20: must be at most train.steps=10.*m32.yaml:"),
     ],
 )
@@ -187,9 +187,10 @@ def test_the_dump_is_the_recipe_and_keeps_its_name(tmp_path: Path) -> None:
 
 def test_difference_to_the_named_recipe() -> None:
     recipe = load("recipe=m32", "train.lr=2e-3", "log.wandb=off", "train.seed=1234")
-    assert difference(recipe) == {"train.lr": (1e-3, 2e-3), "log.wandb": ("auto", "off")}
+    was = load("recipe=m32").train.lr
+    assert difference(recipe) == {"train.lr": (was, 2e-3), "log.wandb": ("auto", "off")}
     text = describe_difference(recipe)
-    assert "train.lr=0.002  (was 0.001)" in text and "log.wandb=off  (was auto)" in text
+    assert f"train.lr=0.002  (was {was})" in text and "log.wandb=off  (was auto)" in text
     assert describe_difference(load("recipe=m32")).endswith("unchanged")
 
 
