@@ -22,7 +22,7 @@ test-slow: $(READY)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/pytest -m slow --timeout 1200 $(ARGS)
 
 lint: $(READY)
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright --pythonpath $(BIN)/python
 
 plan: $(READY)
 	$(BIN)/ptm plan recipe=m32 $(ARGS)
