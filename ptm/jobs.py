@@ -76,7 +76,7 @@ class DataJob(Recipe):
 class BenchJob:
     name: str
     "Which benchmark: router."
-    steps: int = ranged(240, least=1)
+    steps: int = ranged(160, least=1)
     "Training steps of each run."
     seeds: int = ranged(3, least=1, most=100)
     "Runs of each kind, with seeds 0, 1, ..."
