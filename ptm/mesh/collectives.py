@@ -1,17 +1,27 @@
-"""The collectives of the engine, with a ledger of the bytes that each one sends beside the least
+"""The collectives of the engines, with a ledger of the bytes that each one sends beside the least
 possible.
 
-Reduce-scatter is an all-to-all followed by a sum in rank order: on gloo it moves half of what
-`reduce_scatter_tensor` does (which is an all-reduce there, pytorch#149869), and its result does not
-depend on timing. On a group of one, all of them are the identity.
+    gather          every rank's range of a flat tensor, in place            1.00 of the bound
+    scatter_sum     sum of every rank's copy of this rank's range            1.00
+    all_to_all      rows to the ranks that want them, with autograd          1.00
+    all_reduce_sum  a few numbers
+
+Ranges may differ in length. On gloo a gather is one broadcast per rank, all under way at once, and
+a sum is an all-to-all followed by additions in fp32, in rank order: `reduce_scatter_tensor` is an
+all-reduce there and moves twice the bytes (pytorch#149869), and its result depends on timing. On a
+group of one, all of them are the identity.
+
+They are started by the thread that trains, in the same order on every rank; what they return is
+waited for later, so that they overlap with computing.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -39,58 +49,163 @@ class Ledger:
 
     entries: dict[str, Entry] = field(default_factory=dict)
 
-    @contextmanager
-    def record(self, name: str, sent_bytes: int, bound_bytes: int) -> Iterator[None]:
-        started = time.perf_counter()
-        try:
-            yield
-        except RuntimeError as error:  # gloo's and NCCL's word for a peer that is gone or late
-            raise lost(error) from error
+    def add(self, name: str, sent_bytes: int, bound_bytes: int) -> None:
         entry = self.entries.setdefault(name, Entry())
         entry.calls += 1
         entry.sent_bytes += sent_bytes
         entry.bound_bytes += bound_bytes
-        entry.seconds += time.perf_counter() - started
+
+    @contextmanager
+    def waiting(self, name: str) -> Iterator[None]:
+        """Count the seconds inside; a peer that is gone or late becomes a HangError."""
+        started = time.perf_counter()
+        try:
+            yield
+        except RuntimeError as error:  # gloo's and NCCL's word for it
+            raise lost(error) from error
+        self.entries.setdefault(name, Entry()).seconds += time.perf_counter() - started
 
     @property
     def seconds(self) -> float:
         return sum(entry.seconds for entry in self.entries.values())
 
 
-def reduce_scatter_sum(pieces_NS: Tensor, group: dist.ProcessGroup, ledger: Ledger) -> Tensor:
-    """Sum row r of every rank's pieces_NS (N, S) on rank r, adding in rank order. Returns (S,).
+class Pending:
+    """A collective under way. `wait` once, before its result is read or its input is changed."""
 
-    Modifies: nothing for N > 1; for N = 1 the result is a view of the input.
+    def __init__(self, name: str, ledger: Ledger, works: Sequence[Any]) -> None:
+        self.name, self.ledger, self.works = name, ledger, works
+
+    def wait(self) -> None:
+        if self.works:
+            with self.ledger.waiting(self.name):
+                for work in self.works:
+                    work.wait()
+        self.works = ()
+
+
+class PendingSum(Pending):
+    """A `scatter_sum` under way; `add_to` waits and adds what came."""
+
+    received_NS: Tensor
+
+    def add_to(self, total_S: Tensor) -> None:
+        """Add every rank's piece to total_S (S,), in rank order, in total_S's type."""
+        self.wait()
+        for piece_S in self.received_NS:
+            total_S += piece_S
+
+
+def gather(
+    full: Tensor,
+    cuts: Sequence[int],
+    group: dist.ProcessGroup,
+    ledger: Ledger,
+    name: str = "gather",
+) -> Pending:
+    """Fill `full` (G,) where this rank has filled [cuts[r], cuts[r + 1]) and each other rank its
+    own range. cuts: N + 1 positions."""
+    world, rank = group.size(), group.rank()
+    if world == 1:
+        return Pending(name, ledger, ())
+    sizes = [stop - start for start, stop in zip(cuts, cuts[1:])]
+    sent_bytes = (world - 1) * sizes[rank] * full.element_size()
+    ledger.add(name, sent_bytes, sent_bytes)
+    with ledger.waiting(name):
+        if full.is_cuda and len(set(sizes)) == 1:
+            mine = full[cuts[rank] : cuts[rank + 1]]
+            works = [_all_gather_flat(full[cuts[0] : cuts[-1]], mine, group=group, async_op=True)]
+        else:
+            works = [
+                dist.broadcast(full[start:stop], group_src=r, group=group, async_op=True)
+                for r, (start, stop) in enumerate(zip(cuts, cuts[1:]))
+                if stop > start
+            ]
+    return Pending(name, ledger, works)
+
+
+def scatter_sum(
+    full: Tensor,
+    cuts: Sequence[int],
+    group: dist.ProcessGroup,
+    ledger: Ledger,
+    *,
+    buffer: Tensor | None = None,
+    name: str = "scatter_sum",
+) -> PendingSum:
+    """Send range r of `full` (G,) to rank r. What comes is summed by `PendingSum.add_to`.
+
+    buffer: room for N times this rank's range, of full's type; one is made where it is None.
     """
-    world = group.size()
+    world, rank = group.size(), group.rank()
+    sizes = [stop - start for start, stop in zip(cuts, cuts[1:])]
+    mine = sizes[rank]
     if world == 1:
-        return pieces_NS[0]
-    piece_bytes = pieces_NS[0].numel() * pieces_NS.element_size()
-    with ledger.record("reduce_scatter", (world - 1) * piece_bytes, (world - 1) * piece_bytes):
-        received_NS = torch.empty_like(pieces_NS)
-        dist.all_to_all_single(received_NS, pieces_NS, group=group)
-        total_S = received_NS[0] + received_NS[1]  # of its own, so that the rest can go
-        for other_S in received_NS[2:]:
-            total_S += other_S
-    return total_S
+        pending = PendingSum(name, ledger, ())
+        pending.received_NS = full[None, cuts[0] : cuts[1]]
+        return pending
+    room = full.new_empty(world * mine) if buffer is None else buffer[: world * mine]
+    sent_bytes = (sum(sizes) - mine) * full.element_size()
+    ledger.add(name, sent_bytes, sent_bytes)
+    with ledger.waiting(name):
+        work = dist.all_to_all_single(
+            room, full[cuts[0] : cuts[-1]], [mine] * world, sizes, group=group, async_op=True
+        )
+    pending = PendingSum(name, ledger, (work,))
+    pending.received_NS = room.view(world, mine)
+    return pending
 
 
-def all_gather(shard_S: Tensor, group: dist.ProcessGroup, ledger: Ledger) -> Tensor:
-    """Every rank's shard_S (S,) as rows of (N, S)."""
-    world = group.size()
-    if world == 1:
-        return shard_S[None]
-    shard_bytes = shard_S.numel() * shard_S.element_size()
-    with ledger.record("all_gather", (world - 1) * shard_bytes, (world - 1) * shard_bytes):
-        gathered_NS = shard_S.new_empty(world, shard_S.numel())
-        _all_gather_flat(gathered_NS.view(-1), shard_S, group=group)
-    return gathered_NS
+def all_to_all(
+    rows_SD: Tensor,
+    sent: Sequence[int],
+    received: Sequence[int],
+    group: dist.ProcessGroup,
+    ledger: Ledger,
+    name: str = "all_to_all",
+) -> tuple[Tensor, Pending]:
+    """Send the first sent[0] rows to rank 0, the next sent[1] to rank 1, ...; no autograd.
+
+    Shapes: rows (sum(sent), ...) -> (sum(received), ...), to be read after `wait`.
+    """
+    if group.size() == 1:
+        return rows_SD, Pending(name, ledger, ())
+    rows_SD = rows_SD.contiguous()
+    out = rows_SD.new_empty(sum(received), *rows_SD.shape[1:])
+    row_bytes = rows_SD[:1].numel() * rows_SD.element_size() if len(rows_SD) else 0
+    others = sum(sent) - sent[group.rank()]
+    ledger.add(name, others * row_bytes, others * row_bytes)
+    with ledger.waiting(name):
+        work = dist.all_to_all_single(
+            out, rows_SD, list(received), list(sent), group=group, async_op=True
+        )
+    return out, Pending(name, ledger, (work,))
 
 
 def all_reduce_sum(values: Tensor, group: dist.ProcessGroup, ledger: Ledger) -> Tensor:
     """Sum of a small tensor over the ranks, in place; for flags and counters, where bytes do not
     matter."""
-    if group.size() > 1:
-        with ledger.record("all_reduce", 2 * values.nbytes, 2 * values.nbytes):
+    world = group.size()
+    if world > 1:
+        moved = 2 * (world - 1) * values.nbytes // world
+        ledger.add("all_reduce", moved, moved)
+        with ledger.waiting("all_reduce"):
             dist.all_reduce(values, group=group)
     return values
+
+
+# For the engine that goes when the paged one is whole.
+def reduce_scatter_sum(pieces_NS: Tensor, group: dist.ProcessGroup, ledger: Ledger) -> Tensor:
+    world, size = pieces_NS.shape
+    total = torch.zeros(size, dtype=pieces_NS.dtype, device=pieces_NS.device)
+    cuts = [i * size for i in range(world + 1)]
+    scatter_sum(pieces_NS.view(-1), cuts, group, ledger, name="reduce_scatter").add_to(total)
+    return total
+
+
+def all_gather(shard_S: Tensor, group: dist.ProcessGroup, ledger: Ledger) -> Tensor:
+    world, size = group.size(), shard_S.numel()
+    full = shard_S.new_empty(world * size)
+    full[group.rank() * size : (group.rank() + 1) * size] = shard_S
+    gather(full, [i * size for i in range(world + 1)], group, ledger, name="all_gather").wait()
+    return full.view(world, size)

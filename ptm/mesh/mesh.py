@@ -1,8 +1,11 @@
 """Which ranks there are, how they talk, and the device each one computes on.
 
 `open_mesh()` is called once per process. A world of one is not a special case: it gets a process
-group of its own and its collectives are the identity. The only axis today is dp; ep and edp come
-with the engine that shards experts.
+group of its own and its collectives are the identity. Axes, for 4 ranks with ep = 2:
+
+    dp    all ranks                        0 1 2 3     dense parameters are sharded over it
+    ep    ranks that share the experts     0 1 | 2 3   neighbours, so that they share a machine
+    edp   replicas of the same experts     0 2 | 1 3   expert parameters are sharded over it
 
 Backends: gloo for tensors in CPU memory, NCCL for tensors on a GPU. A second, gloo-only group is
 made for background work (saving), because collectives of two threads must never meet in one group.
@@ -19,6 +22,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from ptm.common import env
+from ptm.common.errors import RecipeError, line
 from ptm.mesh.collectives import Ledger, all_reduce_sum
 
 
@@ -30,6 +34,8 @@ class Mesh:
     world: int
     device: torch.device
     dp: DeviceMesh
+    ep: DeviceMesh
+    edp: DeviceMesh
     background: dist.ProcessGroup
     ledger: Ledger
 
@@ -46,13 +52,14 @@ class Mesh:
             dist.destroy_process_group()
 
 
-def open_mesh(timeout_s: int) -> Mesh:
+def open_mesh(timeout_s: int, ep: int = 1) -> Mesh:
     """Join the other ranks (torchrun's or Slurm's variables), or stand alone.
 
-    Raises: torch's DistBackendError / DistNetworkError if the peers cannot be reached within
-    timeout_s.
+    Raises: RecipeError where ep does not divide the ranks; torch's DistBackendError /
+    DistNetworkError if the peers cannot be reached within timeout_s.
     """
     me = env.ranks()
+    check_ep(ep, me.world)
     is_cuda = torch.cuda.is_available()
     device = torch.device("cuda", me.local_rank) if is_cuda else torch.device("cpu")
     if is_cuda:
@@ -66,7 +73,35 @@ def open_mesh(timeout_s: int) -> Mesh:
         store=store,
         timeout=timeout,
     )
-    dp = DeviceMesh(device.type, torch.arange(me.world), mesh_dim_names=("dp",))
     background = dist.new_group(backend="gloo", timeout=timeout)
     assert isinstance(background, dist.ProcessGroup)
-    return Mesh(me.rank, me.world, device, dp, background, Ledger())
+    return make_mesh(device, background, ep)
+
+
+def make_mesh(device: torch.device, background: dist.ProcessGroup, ep: int = 1) -> Mesh:
+    """Name the axes over the ranks of the default process group."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    check_ep(ep, world)
+    dp = DeviceMesh(device.type, torch.arange(world), mesh_dim_names=("dp",))
+    # Equal groups are one object: torch would open a second set of connections for each.
+    edp_ep = torch.arange(world).view(world // ep, ep)
+    if 1 < ep < world:
+        grid = DeviceMesh(device.type, edp_ep, mesh_dim_names=("edp", "ep"))
+        return Mesh(rank, world, device, dp, grid["ep"], grid["edp"], background, Ledger())
+    alone = dp if world == 1 else _alone(device, world)
+    axes = (alone, dp) if ep == 1 else (dp, alone)
+    return Mesh(rank, world, device, dp, *axes, background, Ledger())
+
+
+def _alone(device: torch.device, world: int) -> DeviceMesh:
+    """Every rank in a group of one."""
+    grid = DeviceMesh(device.type, torch.arange(world).view(world, 1), mesh_dim_names=("all", "me"))
+    return grid["me"]
+
+
+def check_ep(ep: int, world: int) -> None:
+    """Raise RecipeError unless experts can be shared out over `ep` of `world` ranks."""
+    if world % ep:
+        fits = [n for n in range(1, world + 1) if world % n == 0]
+        rule = f"must divide the {world} ranks"
+        raise RecipeError(line("engine.ep", ep, rule, f"give one of {fits}"))

@@ -2,14 +2,13 @@
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh
 
-from ptm.mesh.collectives import Ledger
-from ptm.mesh.mesh import Mesh
+from ptm.mesh.mesh import Mesh, make_mesh
 
 
-def mesh_of_test(rank: int, world: int) -> Mesh:
-    dp = DeviceMesh("cpu", torch.arange(world), mesh_dim_names=("dp",))
+def mesh_of_test(rank: int, world: int, ep: int = 1) -> Mesh:
     background = dist.new_group(backend="gloo")
     assert isinstance(background, dist.ProcessGroup)
-    return Mesh(rank, world, torch.device("cpu"), dp, background, Ledger())
+    mesh = make_mesh(torch.device("cpu"), background, ep)
+    assert (mesh.rank, mesh.world) == (rank, world)
+    return mesh
