@@ -1,0 +1,219 @@
+"""The paged engine: the states of one model over ranks and tiers. It has no logic of its own.
+
+    layout.py   which element lies where          weights.py  gather, release
+    states.py   numbers in pages                  grads.py    sums to their owners
+    store.py    pages in frames and files         update.py   the optimizer over pages
+                                                  hooks.py    when
+
+One step, on every rank:
+
+    1 forward and backward of each micro-batch; hooks gather weights and send gradients
+    2 one all-reduce: norm, tokens, loss, flags
+    3 skip, or hand the units to the updater: gradient sums x clipping / tokens
+    4 the next forward waits for each unit's update when it comes to it
+
+Gradients are sums over tokens; they are divided once, in fp32, by the number of tokens in the step
+over all ranks, so neither micro-batches nor ranks weigh in. All decisions (skip, stop) follow from
+the all-reduced vector: every rank takes the same branch. Sources: ZeRO, arXiv 1910.02054; pages and
+a schedule from a traced step: Angel-PTM, arXiv 2303.02868.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ptm.engine.config import EngineConfig, MomentsKind
+from ptm.engine.grads import Grads
+from ptm.engine.hooks import Hooks
+from ptm.engine.layout import Format, Layout, Named, PageMap, Slot, make_layout
+from ptm.engine.state import StateRows, stored_shape
+from ptm.engine.states import PagedStates, PageRows, Store
+from ptm.engine.update import Update, Updater
+from ptm.engine.weights import Gathered, Weights, nothing
+from ptm.mesh.collectives import all_reduce_sum
+from ptm.mesh.mesh import Mesh
+
+
+class Outcome(NamedTuple):
+    """What one step came to, equal on every rank."""
+
+    loss: float
+    tokens: int
+    grad_norm: float
+    is_skipped: bool
+    flags: list[float]
+    where: str
+
+
+@dataclass(frozen=True)
+class UnitSpec:
+    """A unit before it is placed. `module` is what runs when the unit's weights are wanted."""
+
+    name: str
+    module: nn.Module
+    members: Sequence[Named]
+
+
+STATES = {
+    "model.": "master",
+    "optim.exp_avg.": "exp_avg",
+    "optim.exp_avg_sq.": "exp_avg_sq",
+}
+"""Prefix of a name in `state()` -> what it is."""
+
+
+def format_of(dtype: torch.dtype, moments: MomentsKind) -> Format:
+    """How elements are kept when forward and backward run in `dtype`."""
+    is_split = dtype == torch.bfloat16
+    return Format(
+        weight_bytes=2 if is_split else 4,
+        is_split=is_split,
+        is_int8=moments is MomentsKind.int8,
+    )
+
+
+class PagedEngine:
+    """Owns the model's states. Life: build -> (fill | write into state()) -> [backward.. step]*."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        units: Sequence[UnitSpec],
+        *,
+        mesh: Mesh,
+        config: EngineConfig,
+        zero: int,
+        dtype: torch.dtype,
+        update: Update,
+        clip: float,
+        make_store,
+    ) -> None:
+        """The model may be on the meta device; its parameters are replaced. zero: 1, 2 or 3.
+        make_store: PageMap, Layout -> Store."""
+        self.model, self.mesh, self.config, self.clip = model, mesh, config, clip
+        self.updates = 0
+        self.layout: Layout = make_layout(
+            [(unit.name, unit.members) for unit in units],
+            world=mesh.world,
+            ep=config.ep,
+            rank=mesh.rank,
+        )
+        self.pages = PageMap(self.layout.numel, config.page_bytes, format_of(dtype, config.moments))
+        self.store: Store = make_store(self.pages, self.layout)
+        self.states = PagedStates(self.store, self.pages, dtype)
+        gathered = [
+            Gathered(
+                unit=unit,
+                params=[
+                    (group, slot, _replace(model, slot, dtype, mesh.device))
+                    for group in unit.groups
+                    for slot in group.slots
+                ],
+                owns_frame=zero < 3 or unit is self.layout.units[0],
+            )
+            for unit in self.layout.units
+        ]
+        self.updater = Updater(self.layout, self.states, update)
+        self.weights = Weights(
+            gathered, self.states, mesh, keep=zero < 3, wait_for_update=self.updater.wait
+        )
+        self.grads = Grads(gathered, self.states, mesh, is_local=zero == 1)
+        self.hooks = Hooks([unit.module for unit in units], self.weights)
+        self._is_first = True
+
+    def backward(self, loss: Tensor, *, is_last: bool) -> None:
+        """Add the gradients of `loss` (a SUM over tokens) to this step's; is_last: of this step."""
+        self.grads.begin(is_first=self._is_first, is_last=is_last)
+        if loss.requires_grad:
+            loss.backward()
+        self.grads.end()
+        self._is_first = is_last
+
+    def step(self, *, nll_sum: Tensor, tokens: Tensor, lr: float, flags: list[float]) -> Outcome:
+        """Finish the step: decide, and start the update. `flags` come back summed over ranks."""
+        self.updater.drain()
+        said = [self.grads.square, float(tokens), float(nll_sum), *flags]
+        heard = torch.tensor(said, dtype=torch.float64)
+        group = self.mesh.dp.get_group()
+        heard = all_reduce_sum(heard.to(self.mesh.device), group, self.mesh.ledger).tolist()
+        total = max(heard[1], 1.0)
+        norm = math.sqrt(heard[0]) / total if heard[0] >= 0 else math.nan
+        is_finite = math.isfinite(norm) and math.isfinite(heard[2])
+        where = "" if is_finite else self._where_not_finite()
+        self.weights.outdated()
+        if is_finite:
+            self.updates += 1
+            scale = 1.0 / total * _clip_factor(norm, self.clip)
+            self.updater.submit(scale=scale, lr=lr, step=self.updates)
+            self.hooks.is_first_forward = True
+        return Outcome(heard[2] / total, int(heard[1]), norm, not is_finite, heard[3:], where)
+
+    def publish(self) -> None:
+        """The masters were written: gather anew when next wanted."""
+        self.weights.outdated()
+
+    def drain(self) -> None:
+        """Wait for the updates under way."""
+        self.updater.drain()
+
+    @torch.no_grad()
+    def fill(self, name: str, value: Tensor) -> None:
+        """Set one parameter's master from a whole tensor that every rank holds."""
+        rows = self.state()[f"model.{name}"]
+        stored = value.reshape(stored_shape(value.shape))
+        rows.write(stored[rows.first_row : rows.first_row + rows.num_rows])
+
+    def state(self) -> dict[str, StateRows]:
+        """Masters and moments by name, live: read or written before the next step."""
+        self.drain()
+        return {
+            prefix + slot.name: PageRows(self.states, group, slot, what)
+            for group, slot in self.layout.slots()
+            for prefix, what in STATES.items()
+        }
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Whole shape of every parameter, in order."""
+        return {slot.name: slot.whole_shape for _, slot in self.layout.slots()}
+
+    def _where_not_finite(self) -> str:
+        # Rare path, taken by all ranks together: name the first parameter with a non-finite
+        # gradient anywhere. Ranks hold the same parameters in the same order.
+        found = self.grads.non_finite()
+        counts = torch.tensor([count for _, count in found], dtype=torch.float64)
+        counts = counts.to(self.mesh.device)
+        all_reduce_sum(counts, self.mesh.dp.get_group(), self.mesh.ledger)
+        bad = [name for (name, _), count in zip(found, counts.tolist()) if count]
+        return f"{bad[0]} ({len(bad)} of {len(found)} parameters)" if bad else "the loss"
+
+    def report(self) -> dict[str, float]:
+        """Bytes sent by kind of collective since the start."""
+        return {
+            f"{name}_bytes": float(entry.sent_bytes)
+            for name, entry in self.mesh.ledger.entries.items()
+        }
+
+    def close(self) -> None:
+        self.updater.close()
+
+
+def _replace(
+    model: nn.Module, slot: Slot, dtype: torch.dtype, device: torch.device
+) -> nn.Parameter:
+    """Put a parameter without values in the place of the model's own."""
+    owner, _, attribute = slot.name.rpartition(".")
+    module = model.get_submodule(owner)
+    old = getattr(module, attribute)
+    new = nn.Parameter(nothing(slot.shape, dtype, device), requires_grad=old.requires_grad)
+    setattr(module, attribute, new)
+    return new
+
+
+def _clip_factor(norm: float, clip: float) -> float:
+    return min(1.0, clip / (norm + 1e-6)) if clip else 1.0

@@ -1,0 +1,136 @@
+"""Which page leaves memory when another needs its frame.
+
+`NextUse` sends away the page whose next use is farthest in the future, which is the fewest fetches
+that any rule can reach (Belady 1966, IBM Systems Journal 5(2)); the future is the trace of a step,
+repeated. Before there is a trace it falls back to `Lru`, which sends away the page whose last use
+is farthest in the past. A policy chooses only among the candidates it is given; who is held or on
+its way is the store's knowledge. Policies are not thread-safe: the store calls them under its lock.
+
+Both keep their pages in order lazily, so that a choice costs about log n: an entry that is no
+longer true is dropped when it comes to the top. A page that was chosen has no entry until it is
+touched again; so a page fetched ahead of its use is not sent away before it, unless all others are
+held.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Set
+from typing import Protocol
+
+from ptm.engine.config import PolicyKind
+
+
+class Uses(Protocol):
+    """A repeated step: positions 0 .. num_positions - 1, then 0 again. A Trace, or a Schedule."""
+
+    @property
+    def num_positions(self) -> int: ...
+    def next_use(self, page: int, position: int) -> int: ...
+
+
+class EvictionPolicy(Protocol):
+    def follow(self, uses: Uses) -> None:
+        """The step is known from now on; positions count within it."""
+        ...
+
+    def touched(self, page: int, position: int) -> None:
+        """`page` is used at `position` of the step."""
+        ...
+
+    def victim(self, candidates: Iterable[int], position: int) -> int:
+        """The page to send away, one of `candidates` (at least one; a set is fastest)."""
+        ...
+
+
+class Lru:
+    """Least recently used. Needs no future."""
+
+    def __init__(self) -> None:
+        self._order: dict[int, None] = {}
+
+    def follow(self, uses: Uses) -> None:
+        del uses
+
+    def touched(self, page: int, position: int) -> None:
+        del position
+        self._order.pop(page, None)
+        self._order[page] = None
+
+    def victim(self, candidates: Iterable[int], position: int) -> int:
+        del position
+        able = candidates if isinstance(candidates, Set) else set(candidates)
+        assert able, "no page can leave: all are held"
+        chosen = next((page for page in self._order if page in able), None)
+        if chosen is None:
+            return min(able)
+        del self._order[chosen]
+        return chosen
+
+
+class NextUse:
+    """Farthest next use first. `follow` gives it the future; until then it is Lru."""
+
+    def __init__(self) -> None:
+        self._past = Lru()
+        self._uses: Uses | None = None
+        self._steps = self._latest = 0
+        self._due: dict[int, int] = {}
+        self._farthest: list[tuple[int, int]] = []
+
+    def follow(self, uses: Uses) -> None:
+        # What was touched before has no place in the new step; victim() looks at such pages only
+        # when nothing else can leave, or finds them through `_unplaced`.
+        self._uses, self._steps, self._latest = uses, 0, 0
+        self._due, self._farthest = {}, []
+
+    def touched(self, page: int, position: int) -> None:
+        self._past.touched(page, position)
+        if self._uses is not None:
+            self._place(page, position)
+
+    def victim(self, candidates: Iterable[int], position: int) -> int:
+        able = candidates if isinstance(candidates, Set) else set(candidates)
+        if self._uses is None:
+            return self._past.victim(able, position)
+        assert able, "no page can leave: all are held"
+        now, held, chosen = self._now(position), [], None
+        while self._farthest and chosen is None:
+            due, page = -self._farthest[0][0], self._farthest[0][1]
+            if self._due.get(page) != due:
+                heapq.heappop(self._farthest)
+            elif page not in able:
+                held.append(heapq.heappop(self._farthest))
+            elif due <= now:
+                # Its use went by unseen (a step that was cut short): look for the next.
+                heapq.heappop(self._farthest)
+                self._place(page, position)
+            else:
+                chosen = heapq.heappop(self._farthest)[1]
+        for entry in held:
+            heapq.heappush(self._farthest, entry)
+        if chosen is None:
+            uses = self._uses
+            chosen = max(able, key=lambda page: (uses.next_use(page, position), -page))
+        return chosen
+
+    def _place(self, page: int, position: int) -> None:
+        assert self._uses is not None
+        now = self._now(position)
+        due = now - position + self._uses.next_use(page, position)
+        self._due[page] = due
+        heapq.heappush(self._farthest, (-due, page))
+
+    def _now(self, position: int) -> int:
+        """`position` counted on through all steps."""
+        assert self._uses is not None
+        if position < self._latest:
+            self._steps += 1
+        self._latest = position
+        return self._steps * self._uses.num_positions + position
+
+
+POLICIES: dict[PolicyKind, type[Lru] | type[NextUse]] = {
+    PolicyKind.next_use: NextUse,
+    PolicyKind.lru: Lru,
+}

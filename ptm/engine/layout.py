@@ -1,0 +1,265 @@
+"""Where every element of the states lies: units, groups, cuts, and the pages of one rank.
+
+    unit    one block, or the root (embedding, final norm, head): gathered and released together
+    group   parameters of a unit that are cut over the same ranks: dense ones over all, experts
+            (each rank holds E / ep of them) over the ranks that hold the same experts
+
+    group, flat   [ w1 of local experts | w2 | ... matrices | ... norms and biases ]
+    cut           |----- rank 0 -----|----- rank 1 -----|----- rank 2 -----|     at rows
+
+A cut falls on a row of a parameter (ptm/engine/state.py says what a row is), so a rank's part of
+any tensor is some whole rows: one collective moves a group, nothing is padded, and shards differ by
+less than one row. A rank's shards one after another are its *flat space*, elements 0..n, which
+`PageMap` lays out in pages of a fixed size, any number of tensors to a page:
+
+    kind      bytes an element (bf16 | fp32 precision)   page k holds
+    weights   2 | 4                                      elements [k x per_page, ...)
+    states    10 | 8, or about 4 with int8 moments       the same, one field after another
+    grads     4                                          scratch, of no value between steps
+
+AngelPTM puts at most two tensors in a page, which wastes 23 % of this model's memory on 64 ranks;
+packed pages waste the last page of each kind. Nothing here holds memory: all of it is arithmetic,
+so the planner uses it for ranks that are not there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ptm.engine.state import row_numel, stored_shape
+
+ALIGN = 128
+"""Elements to which shards start in the flat space: int8 moments share a scale over as many."""
+
+
+class Named(NamedTuple):
+    """A parameter before it is placed; shape is the whole tensor's."""
+
+    name: str
+    shape: tuple[int, ...]
+    is_expert: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A parameter in its group: elements [start, stop) of the flat group, rows from `first_row`."""
+
+    name: str
+    shape: tuple[int, ...]
+    whole_shape: tuple[int, ...]
+    start: int
+    stop: int
+    first_row: int
+    decays: bool
+
+    @property
+    def row_numel(self) -> int:
+        return row_numel(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """`cuts` are N + 1 positions in the flat group; rank `index` of the axis owns one range."""
+
+    axis: str
+    slots: tuple[Slot, ...]
+    cuts: tuple[int, ...]
+    index: int
+    base: int
+    "Where this rank's shard starts in its flat space."
+
+    @property
+    def numel(self) -> int:
+        return self.cuts[-1]
+
+    @property
+    def first(self) -> int:
+        return self.cuts[self.index]
+
+    @property
+    def last(self) -> int:
+        return self.cuts[self.index + 1]
+
+    @property
+    def shard_numel(self) -> int:
+        return self.last - self.first
+
+    def owned(self, slot: Slot) -> tuple[int, int]:
+        """This rank's part of a slot as a range of the flat group; empty where it has none."""
+        start, stop = max(slot.start, self.first), min(slot.stop, self.last)
+        return start, max(start, stop)
+
+    def flat(self, position: int) -> int:
+        """Position in the group -> position in the rank's flat space."""
+        return self.base + position - self.first
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    name: str
+    groups: tuple[Group, ...]
+
+    @property
+    def numel(self) -> int:
+        return sum(group.numel for group in self.groups)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """All units of one rank, in the order of the forward, the root first."""
+
+    units: tuple[Unit, ...]
+    numel: int
+    "Length of the rank's flat space."
+
+    def slots(self) -> Iterator[tuple[Group, Slot]]:
+        for unit in self.units:
+            for group in unit.groups:
+                for slot in group.slots:
+                    yield group, slot
+
+
+def make_layout(
+    units: Iterable[tuple[str, Sequence[Named]]], *, world: int, ep: int, rank: int
+) -> Layout:
+    """Place the parameters of each unit. ep divides world and every expert tensor's first dim."""
+    placed, base = [], 0
+    for name, members in units:
+        groups = []
+        dense = [m for m in members if ep == 1 or not m.is_expert]
+        experts = [m for m in members if ep > 1 and m.is_expert]
+        for axis, chosen in (("dp", dense), ("edp", experts)):
+            if not chosen:
+                continue
+            parts, index = (world, rank) if axis == "dp" else (world // ep, rank // ep)
+            share = (ep, rank % ep) if axis == "edp" else (1, 0)
+            group = _group(axis, chosen, parts=parts, index=index, share=share, base=base)
+            groups.append(group)
+            base += -(-group.shard_numel // ALIGN) * ALIGN
+        placed.append(Unit(name, tuple(groups)))
+    return Layout(tuple(placed), base)
+
+
+def _group(
+    axis: str,
+    members: Sequence[Named],
+    *,
+    parts: int,
+    index: int,
+    share: tuple[int, int],
+    base: int,
+) -> Group:
+    slots, start = [], 0
+    # Norms and biases get no weight decay (Megatron's rule) and come last.
+    for member in sorted(members, key=lambda m: len(m.shape) == 1):
+        of, which = share
+        assert member.shape[0] % of == 0, (member, share)
+        shape = (member.shape[0] // of, *member.shape[1:])
+        stop = start + math.prod(shape)
+        first_row = which * stored_shape(shape)[0]
+        slots.append(
+            Slot(member.name, shape, member.shape, start, stop, first_row, len(member.shape) > 1)
+        )
+        start = stop
+    cuts = [_row_at(slots, start * i // parts) for i in range(parts)] + [start]
+    return Group(axis, tuple(slots), tuple(cuts), index, base)
+
+
+def _row_at(slots: Sequence[Slot], position: int) -> int:
+    """The start of the row that `position` lies in."""
+    slot = next(s for s in slots if position < s.stop)
+    return position - (position - slot.start) % slot.row_numel
+
+
+class Field(NamedTuple):
+    """One array within a page of states: bytes [offset, offset + size) of the page."""
+
+    offset: int
+    size: int
+
+
+class Kind(NamedTuple):
+    """Pages first, first + 1, ...; page first + k holds elements [k x per_page, ...)."""
+
+    name: str
+    first: int
+    count: int
+    per_page: int
+
+    def pages(self, start: int, stop: int) -> range:
+        """Pages that hold elements [start, stop)."""
+        if stop <= start:
+            return range(0)
+        return range(
+            self.first + start // self.per_page, self.first + (stop - 1) // self.per_page + 1
+        )
+
+
+class Piece(NamedTuple):
+    """Elements [start, stop) of the flat space, which lie in one page, from `offset` in it."""
+
+    page: int
+    start: int
+    stop: int
+    offset: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Format:
+    """Bytes of an element, by kind."""
+
+    weight_bytes: int
+    is_split: bool
+    "Whether weights are the upper half of the masters and the states hold the lower half."
+    is_int8: bool
+
+    @property
+    def state_block_bytes(self) -> int:
+        """Bytes of the states of ALIGN elements."""
+        moments = 2 * ALIGN + 2 * 4 if self.is_int8 else 8 * ALIGN
+        return moments + (2 * ALIGN if self.is_split else 0)
+
+
+class PageMap:
+    """Pages of a flat space of `numel` elements: weights, then states, then gradients."""
+
+    def __init__(self, numel: int, page_bytes: int, fmt: Format) -> None:
+        self.numel, self.page_bytes, self.format = numel, page_bytes, fmt
+        per_states = page_bytes // fmt.state_block_bytes * ALIGN
+        self.weights = self._kind("weights", 0, page_bytes // fmt.weight_bytes)
+        self.states = self._kind("states", self.weights.count, per_states)
+        durable = self.weights.count + self.states.count
+        self.grads = self._kind("grads", durable, page_bytes // 4)
+        self.durable = range(durable)
+        self.num_pages = durable + self.grads.count
+
+    def _kind(self, name: str, first: int, per_page: int) -> Kind:
+        return Kind(name, first, -(-self.numel // per_page), per_page)
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of the states themselves, without what the last page of a kind wastes."""
+        blocks = -(-self.numel // ALIGN)
+        return self.numel * (self.format.weight_bytes + 4) + blocks * self.format.state_block_bytes
+
+    @property
+    def waste(self) -> float:
+        return self.num_pages * self.page_bytes / self.used_bytes - 1 if self.numel else 0.0
+
+    def pieces(self, kind: Kind, start: int, stop: int) -> Iterator[Piece]:
+        """[start, stop) cut at the pages of one kind."""
+        while start < stop:
+            number, offset = divmod(start, kind.per_page)
+            end = min(stop, (number + 1) * kind.per_page)
+            yield Piece(kind.first + number, start, end, offset)
+            start = end
+
+    def describe(self, page: int) -> str:
+        """`weights 12`: which page of which kind."""
+        for kind in (self.weights, self.states, self.grads):
+            if page < kind.first + kind.count:
+                return f"{kind.name} {page - kind.first}"
+        raise IndexError(page)

@@ -1,0 +1,235 @@
+"""Weights, masters, moments and gradients of one rank, as numbers in pages.
+
+The store (ptm/engine/store.py) moves pages and knows no numbers; this file knows what lies where in
+a page and moves nothing. A page of states holds its fields one after another, each for all of the
+page's elements:
+
+    fp32 moments   exp_avg fp32 | exp_avg_sq fp32 | rest int16
+    int8 moments   exp_avg int8 | root of exp_avg_sq uint8 | rest int16 | two fp32 scales a block
+
+`rest` is there in bf16 precision only (ptm/engine/split.py). int8 moments are linear in blocks of
+128, after a square root for the second, whose codes are rounded up: a second moment that became
+zero would make an endless step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ptm.engine.layout import ALIGN, Group, Kind, PageMap, Slot
+from ptm.engine.split import join, split
+from ptm.engine.state import stored_shape
+
+CHUNK = 2**16
+"""Elements worked on at once: the fp32 copies of a chunk stay in the second-level cache."""
+
+
+class Store(Protocol):
+    """Pages that may be anywhere; a held one is in memory and stays there."""
+
+    def hold(self, page: int, *, write: bool = False) -> Tensor: ...
+
+    def release(self, page: int, *, dirty: bool = False) -> None: ...
+
+
+class Moments(NamedTuple):
+    """A chunk's moments in fp32, views of a page or copies."""
+
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+
+
+class Cursor:
+    """The held page of one kind under a walk over the flat space; use in a `with`."""
+
+    def __init__(self, store: Store, pages: PageMap, kind: Kind, *, write: bool) -> None:
+        self.store, self.pages, self.kind, self.write = store, pages, kind, write
+        self.page = -1
+        self.bytes: Tensor = torch.empty(0, dtype=torch.uint8)
+
+    def __enter__(self) -> Cursor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._let_go()
+
+    def _let_go(self) -> None:
+        if self.page >= 0:
+            self.store.release(self.page, dirty=self.write)
+        self.page = -1
+
+    def move(self, start: int) -> int:
+        """Hold the page of element `start`; returns the element's place in it."""
+        number, offset = divmod(start, self.kind.per_page)
+        if self.kind.first + number != self.page:
+            self._let_go()
+            self.bytes = self.store.hold(self.kind.first + number, write=self.write)
+            self.page = self.kind.first + number
+        return offset
+
+    def field(self, dtype: torch.dtype, base: int, offset: int, count: int) -> Tensor:
+        """Elements [offset, offset + count) of the array of `dtype` at byte `base`."""
+        start = base + offset * dtype.itemsize
+        return self.bytes[start : start + count * dtype.itemsize].view(dtype)
+
+
+class PagedStates:
+    """Reads and writes ranges of the flat space. Ranges of one unit are touched by one thread."""
+
+    def __init__(self, store: Store, pages: PageMap, precision: torch.dtype) -> None:
+        self.store, self.pages, self.precision = store, pages, precision
+        self.is_split, self.is_int8 = pages.format.is_split, pages.format.is_int8
+        count = pages.states.per_page
+        moment = 1 if self.is_int8 else 4
+        self.at_sq = count * moment
+        self.at_rest = 2 * count * moment
+        self.at_scales = self.at_rest + (2 * count if self.is_split else 0)
+
+    def weights(self, *, write: bool = False) -> Cursor:
+        return Cursor(self.store, self.pages, self.pages.weights, write=write)
+
+    def states(self, *, write: bool = False) -> Cursor:
+        return Cursor(self.store, self.pages, self.pages.states, write=write)
+
+    def grads(self, *, write: bool = False) -> Cursor:
+        return Cursor(self.store, self.pages, self.pages.grads, write=write)
+
+    def ranges(self, start: int, stop: int, *kinds: Kind) -> Iterator[tuple[int, int]]:
+        """[start, stop) cut at the pages of `kinds` and into chunks."""
+        while start < stop:
+            ends = [(start // kind.per_page + 1) * kind.per_page for kind in kinds]
+            end = min(stop, start + CHUNK, *ends)
+            yield start, end
+            start = end
+
+    def read_weights(self, start: int, stop: int, out: Tensor) -> None:
+        """Copy weights [start, stop) into `out`, in the format of forward and backward."""
+        with self.weights() as cursor:
+            for piece in self.pages.pieces(self.pages.weights, start, stop):
+                offset, count = cursor.move(piece.start), piece.stop - piece.start
+                source = cursor.field(self.precision, 0, offset, count)
+                out[piece.start - start : piece.stop - start].copy_(source, non_blocking=True)
+
+    def master(self, weights: Cursor, states: Cursor, at: int, count: int, room: Tensor) -> Tensor:
+        """fp32 masters of a chunk: a view of the page, or made in `room` when split."""
+        weight = weights.field(self.precision, 0, weights.move(at), count)
+        if not self.is_split:
+            return weight
+        rest = states.field(torch.int16, self.at_rest, states.move(at), count)
+        return join(weight, rest, room[:count])
+
+    def put_master(self, weights: Cursor, states: Cursor, at: int, master: Tensor) -> None:
+        """Store masters of a chunk; uses up `master` when split."""
+        count = master.numel()
+        weight = weights.field(self.precision, 0, weights.move(at), count)
+        if not self.is_split:
+            if weight.data_ptr() != master.data_ptr():
+                weight.copy_(master)
+            return
+        split(master, weight, states.field(torch.int16, self.at_rest, states.move(at), count))
+
+    def moments(self, states: Cursor, at: int, count: int, room: Moments) -> Moments:
+        """fp32 moments of a chunk: views of the page, or made in `room` from int8."""
+        offset = states.move(at)
+        if not self.is_int8:
+            return Moments(
+                states.field(torch.float32, 0, offset, count),
+                states.field(torch.float32, self.at_sq, offset, count),
+            )
+        found = Moments(room.exp_avg[:count], room.exp_avg_sq[:count])
+        for which, out in enumerate(found):
+            codes, scales = self._codes(states, which, offset, count)
+            _blocks(out.copy_(codes), lambda x, s: x.mul_(s), scales)
+        found.exp_avg_sq.square_()
+        return found
+
+    def put_moments(self, states: Cursor, at: int, moments: Moments) -> None:
+        """Store a chunk's moments; uses up `moments` when int8. `at` is a multiple of 128."""
+        if not self.is_int8:
+            return  # they were views
+        offset, count = states.move(at), moments.exp_avg.numel()
+        moments.exp_avg_sq.sqrt_()
+        for which, values in enumerate(moments):
+            codes, scales = self._codes(states, which, offset, count)
+            most = 127.0 if which == 0 else 255.0
+            whole = count // ALIGN * ALIGN
+            body = values[:whole].view(-1, ALIGN)
+            torch.amax(body.abs(), 1, out=scales[: whole // ALIGN])
+            if whole < count:
+                scales[-1] = values[whole:].abs().max()
+            scales.div_(most)
+            inverse = torch.where(scales > 0, 1.0 / scales, 0.0)
+            _blocks(values, lambda x, s: x.mul_(s), inverse)
+            codes.copy_(values.round_() if which == 0 else values.sub_(1e-3).ceil_())
+
+    def _codes(self, states: Cursor, which: int, offset: int, count: int) -> tuple[Tensor, Tensor]:
+        dtype = torch.int8 if which == 0 else torch.uint8
+        blocks = -(-count // ALIGN)
+        scales = self.at_scales + which * (self.pages.states.per_page // ALIGN) * 4
+        return (
+            states.field(dtype, self.at_sq * which, offset, count),
+            states.field(torch.float32, scales, offset // ALIGN, blocks),
+        )
+
+
+def _blocks(values: Tensor, apply, scales: Tensor) -> None:
+    """apply(values of each block, its scale); the last block may be short."""
+    whole = values.numel() // ALIGN * ALIGN
+    apply(values[:whole].view(-1, ALIGN), scales[: whole // ALIGN, None])
+    if whole < values.numel():
+        apply(values[whole:], scales[-1])
+
+
+class PageRows:
+    """StateRows over pages: one parameter's masters or moments on this rank."""
+
+    dtype = torch.float32
+
+    def __init__(self, states: PagedStates, group: Group, slot: Slot, what: str) -> None:
+        self._states, self._what = states, what
+        start, stop = group.owned(slot)
+        self._start, self._stop = group.flat(start), group.flat(stop)
+        self.shape = stored_shape(slot.whole_shape)
+        self.first_row = slot.first_row + (start - slot.start) // slot.row_numel
+        self.num_rows = (stop - start) // slot.row_numel
+
+    def read(self) -> Tensor:
+        out = torch.empty(self._stop - self._start)
+        room = Moments(torch.empty(2 * CHUNK), torch.empty(2 * CHUNK))
+        states = self._states
+        kinds = (states.pages.weights, states.pages.states)
+        with states.weights() as weights, states.states() as opt:
+            for start, stop in states.ranges(self._start, self._stop, *kinds):
+                part = out[start - self._start : stop - self._start]
+                if self._what == "master":
+                    found = states.master(weights, opt, start, stop - start, part)
+                else:
+                    head = start % ALIGN  # int8 blocks are read from their start
+                    both = states.moments(opt, start - head, stop - start + head, room)
+                    found = getattr(both, self._what)[head:]
+                if found.data_ptr() != part.data_ptr():
+                    part.copy_(found)
+        return out.view(self.num_rows, *self.shape[1:])
+
+    def write(self, rows: Tensor) -> None:
+        values = rows.reshape(-1)
+        assert values.numel() == self._stop - self._start, (rows.shape, self.shape, self.num_rows)
+        states, room = self._states, torch.empty(CHUNK)
+        kinds = (states.pages.weights, states.pages.states)
+        moments = Moments(torch.empty(2 * CHUNK), torch.empty(2 * CHUNK))
+        with states.weights(write=True) as weights, states.states(write=True) as opt:
+            for start, stop in states.ranges(self._start, self._stop, *kinds):
+                part = values[start - self._start : stop - self._start]
+                if self._what == "master":
+                    states.put_master(weights, opt, start, room[: stop - start].copy_(part))
+                    continue
+                head = start % ALIGN
+                tail = -stop % ALIGN if states.is_int8 else 0
+                tail = min(tail, states.pages.numel - stop)
+                both = states.moments(opt, start - head, stop - start + head + tail, moments)
+                getattr(both, self._what)[head : head + stop - start].copy_(part)
+                states.put_moments(opt, start - head, both)

@@ -1,0 +1,116 @@
+"""The update: the optimizer over pages, a unit at a time, in a thread of its own.
+
+    for each page of states, for each chunk of it:
+        master   = join(weight, rest)          in cache, 64 k elements at a time
+        gradient = sum x scale                 scale = clipping / tokens of the step
+        update(master, gradient, moments)      the recipe's rule, a pure function
+        weight, rest = split(master)
+
+Units are updated in the order in which the next forward needs them, and a gather waits for its own
+unit only, so the update hides behind data loading, the evaluation's start and the forward of
+earlier units. Nothing in the result depends on when it ran.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import torch
+
+from ptm.engine.layout import Group, Layout, Unit
+from ptm.engine.states import CHUNK, Moments, PagedStates
+
+Update = Callable[..., None]
+"""`update(param, grad=, exp_avg=, exp_avg_sq=, step=, lr=, decay=)` on flat fp32 ranges;
+optim.adamw is one."""
+
+
+@dataclass
+class Room:
+    """fp32 copies of one chunk, made once."""
+
+    master: torch.Tensor = field(default_factory=lambda: torch.empty(CHUNK))
+    grad: torch.Tensor = field(default_factory=lambda: torch.empty(CHUNK))
+    moments: Moments = field(
+        default_factory=lambda: Moments(torch.empty(CHUNK), torch.empty(CHUNK))
+    )
+
+
+@torch.no_grad()
+def update_group(
+    states: PagedStates,
+    group: Group,
+    update: Update,
+    room: Room,
+    *,
+    scale: float,
+    lr: float,
+    step: int,
+) -> None:
+    """One update of this rank's shard of a group from the gradient sums in its pages."""
+    pages = states.pages
+    first, last = group.base, group.base + group.shard_numel
+    matrices = max((slot.stop for slot in group.slots if slot.decays), default=0)
+    boundary = group.flat(min(max(matrices, group.first), group.last))
+    kinds = (pages.weights, pages.states, pages.grads)
+    with (
+        states.weights(write=True) as weights,
+        states.states(write=True) as opt,
+        states.grads() as grads,
+    ):
+        for start, stop in states.ranges(first, last, *kinds):
+            count = stop - start
+            grad = grads.field(torch.float32, 0, grads.move(start), count)
+            grad = torch.mul(grad, scale, out=room.grad[:count])
+            master = states.master(weights, opt, start, count, room.master)
+            moments = states.moments(opt, start, count, room.moments)
+            middle = min(max(boundary, start), stop) - start
+            for part, decay in ((slice(0, middle), True), (slice(middle, count), False)):
+                if part.stop > part.start:
+                    update(
+                        master[part],
+                        grad=grad[part],
+                        exp_avg=moments.exp_avg[part],
+                        exp_avg_sq=moments.exp_avg_sq[part],
+                        step=step,
+                        lr=lr,
+                        decay=decay,
+                    )
+            states.put_moments(opt, start, moments)
+            states.put_master(weights, opt, start, master)
+
+
+class Updater:
+    """Runs updates unit by unit. `wait(unit)` before its weights are read, `drain` for all."""
+
+    def __init__(self, layout: Layout, states: PagedStates, update: Update) -> None:
+        self.layout, self.states, self.update = layout, states, update
+        self._room = Room()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="ptm-update")
+        self._running: dict[str, Future[None]] = {}
+
+    def submit(self, *, scale: float, lr: float, step: int) -> None:
+        """Start the update of every unit, in the order of the forward."""
+        for unit in self.layout.units:
+            self._running[unit.name] = self._thread.submit(self._run, unit, scale, lr, step)
+
+    def _run(self, unit: Unit, scale: float, lr: float, step: int) -> None:
+        for group in unit.groups:
+            update_group(
+                self.states, group, self.update, self._room, scale=scale, lr=lr, step=step
+            )
+
+    def wait(self, unit: str) -> None:
+        """Until the unit's last update is done. Raises what it raised."""
+        running = self._running.pop(unit, None)
+        if running is not None:
+            running.result()
+
+    def drain(self) -> None:
+        for name in list(self._running):
+            self.wait(name)
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=True, cancel_futures=True)
