@@ -38,7 +38,7 @@ def swiglu_experts(x_RD: Tensor, w1_EGD: Tensor, w2_EDF: Tensor, counts_E: Tenso
     rows -> (R, D). An expert without rows gets a gradient of zeros.
     """
     ends = aligned(counts_E).cumsum(0)
-    if x_RD.device.type == "cpu" or x_RD.dtype != torch.bfloat16:
+    if not _has_grouped_gemm(x_RD):
         return _Experts.apply(x_RD, w1_EGD, w2_EDF, ends.tolist())  # type: ignore[return-value]
     offsets = ends.to(torch.int32)
     gate, up = F.grouped_mm(x_RD, w1_EGD.transpose(1, 2), offs=offsets).chunk(2, dim=-1)
@@ -48,13 +48,7 @@ def swiglu_experts(x_RD: Tensor, w1_EGD: Tensor, w2_EDF: Tensor, counts_E: Tenso
 class _Experts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, w1: Tensor, w2: Tensor, ends: list[int]) -> Tensor:
-        hidden = x.new_empty(x.shape[0], w1.shape[1])
-        y = torch.empty_like(x)
-        for e, rows in _groups(ends):
-            torch.mm(x[rows], w1[e].t(), out=hidden[rows])
-            gate, up = hidden[rows].chunk(2, dim=-1)
-            torch.mm(F.silu(gate).mul_(up), w2[e].t(), out=y[rows])
-        y[ends[-1] :] = 0
+        y, hidden = forward_groups(x, w1, w2, ends)
         ctx.save_for_backward(x, w1, w2, hidden)
         ctx.ends = ends
         return y
@@ -62,25 +56,99 @@ class _Experts(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         x, w1, w2, hidden = ctx.saved_tensors
-        grad_x, grad_w1, grad_w2 = torch.empty_like(x), torch.empty_like(w1), torch.empty_like(w2)
-        used = set()
-        for e, rows in _groups(ctx.ends):
-            used.add(e)
-            gate, up = hidden[rows].chunk(2, dim=-1)
+        grads = torch.empty_like(w1), torch.empty_like(w2)
+        grad_x = backward_groups(grad, x, w1, w2, hidden, ctx.ends, into=grads)
+        return grad_x, *grads, None
+
+
+def forward_groups(
+    x_RD: Tensor, w1_EGD: Tensor, w2_EDF: Tensor, ends: list[int]
+) -> tuple[Tensor, Tensor]:
+    """`swiglu_experts` without autograd, for a caller that is a step of autograd itself.
+
+    ends: where each group ends. Returns y (R, D) and the hidden rows (R, 2F) for the backward.
+    """
+    if _has_grouped_gemm(x_RD):
+        return _grouped_forward(x_RD, w1_EGD, w2_EDF, ends)
+    hidden = x_RD.new_empty(x_RD.shape[0], w1_EGD.shape[1])
+    y = torch.empty_like(x_RD)
+    for e, rows in _groups(ends):
+        torch.mm(x_RD[rows], w1_EGD[e].t(), out=hidden[rows])
+        gate, up = hidden[rows].chunk(2, dim=-1)
+        torch.mm(F.silu(gate).mul_(up), w2_EDF[e].t(), out=y[rows])
+    y[ends[-1] :] = 0
+    return y, hidden
+
+
+def backward_groups(
+    grad_RD: Tensor,
+    x_RD: Tensor,
+    w1_EGD: Tensor,
+    w2_EDF: Tensor,
+    hidden_RG: Tensor,
+    ends: list[int],
+    *,
+    into: tuple[Tensor, Tensor],
+) -> Tensor:
+    """Gradient of x, (R, D); those of w1 and w2 are written over `into`, zeros for idle experts."""
+    grad_w1, grad_w2 = into
+    used = {e for e, _ in _groups(ends)}
+    if _has_grouped_gemm(x_RD):
+        grad_x = _grouped_backward(grad_RD, x_RD, w1_EGD, w2_EDF, hidden_RG, ends, into)
+    else:
+        grad_x = torch.empty_like(x_RD)
+        for e, rows in _groups(ends):
+            gate, up = hidden_RG[rows].chunk(2, dim=-1)
             activated = F.silu(gate)
-            by_hidden = torch.empty_like(hidden[rows])
+            by_hidden = torch.empty_like(hidden_RG[rows])
             by_gate, by_up = by_hidden.chunk(2, dim=-1)
-            by_product = grad[rows] @ w2[e]
+            by_product = grad_RD[rows] @ w2_EDF[e]
             torch.mul(by_product, activated, out=by_up)
             torch.ops.aten.silu_backward(by_product.mul_(up), gate, grad_input=by_gate)
-            torch.mm(grad[rows].t(), activated.mul_(up), out=grad_w2[e])
-            torch.mm(by_hidden.t(), x[rows], out=grad_w1[e])
-            torch.mm(by_hidden, w1[e], out=grad_x[rows])
-        grad_x[ctx.ends[-1] :] = 0
-        for e in set(range(len(ctx.ends))) - used:
-            grad_w1[e].zero_()
-            grad_w2[e].zero_()
-        return grad_x, grad_w1, grad_w2, None
+            torch.mm(grad_RD[rows].t(), activated.mul_(up), out=grad_w2[e])
+            torch.mm(by_hidden.t(), x_RD[rows], out=grad_w1[e])
+            torch.mm(by_hidden, w1_EGD[e], out=grad_x[rows])
+        grad_x[ends[-1] :] = 0
+    for e in set(range(len(ends))) - used:
+        grad_w1[e].zero_()
+        grad_w2[e].zero_()
+    return grad_x
+
+
+def _has_grouped_gemm(x: Tensor) -> bool:
+    return x.device.type != "cpu" and x.dtype == torch.bfloat16
+
+
+def _grouped_forward(x: Tensor, w1: Tensor, w2: Tensor, ends: list[int]) -> tuple[Tensor, Tensor]:
+    if not ends[-1]:
+        return torch.zeros_like(x), x.new_zeros(x.shape[0], w1.shape[1])
+    offsets = torch.tensor(ends, dtype=torch.int32, device=x.device)
+    hidden = F.grouped_mm(x, w1.transpose(1, 2), offs=offsets)
+    gate, up = hidden.chunk(2, dim=-1)
+    return F.grouped_mm(F.silu(gate) * up, w2.transpose(1, 2), offs=offsets), hidden
+
+
+def _grouped_backward(
+    grad: Tensor,
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    hidden: Tensor,
+    ends: list[int],
+    into: tuple[Tensor, Tensor],
+) -> Tensor:
+    if not ends[-1]:
+        return torch.zeros_like(x)
+    offsets = torch.tensor(ends, dtype=torch.int32, device=x.device)
+    gate, up = hidden.chunk(2, dim=-1)
+    activated = F.silu(gate)
+    by_product = F.grouped_mm(grad, w2, offs=offsets)
+    by_gate = torch.ops.aten.silu_backward(by_product * up, gate)
+    by_hidden = torch.cat([by_gate, by_product * activated], dim=-1)
+    grad_w1, grad_w2 = into
+    grad_w2.copy_(F.grouped_mm(grad.t(), activated * up, offs=offsets))
+    grad_w1.copy_(F.grouped_mm(by_hidden.t(), x, offs=offsets))
+    return F.grouped_mm(by_hidden, w1, offs=offsets)
 
 
 def _groups(ends: list[int]):

@@ -24,9 +24,7 @@ class MixtureOfExperts(nn.Module):
         """Returns y (B, L, D) and how many rows of real tokens each expert got, (E,) int64."""
         x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])
         routing: Routing = self.gate(x_TD)
-        sent = self.dispatcher.dispatch(x_TD, routing)
-        y_RD = self.experts(sent.x_RD, sent.counts_e)
-        y_TD = self.dispatcher.combine(y_RD, sent.receipt)
+        y_TD = self.dispatcher.run(x_TD, routing, self.experts)
         return y_TD.view_as(x_BLD), _real_counts(routing, real_BL)
 
 
