@@ -6,8 +6,10 @@ that is damaged is named and stepped over; with `repair` (the process that train
 and none is good, that is an error and nothing is renamed: starting from scratch by accident would
 be worse. A folder of a newer format is an error too.
 
-`load` lets torch DCP read the rows that each rank needs from whatever ranks wrote them. DCP casts
-in silence and ignores what is left over; names, shapes and dtypes are therefore compared first.
+`load` has each rank read the rows it needs, from whatever ranks wrote them, one tensor at a time.
+It reads with our own reader and not with torch DCP's, which fills tensors that are all in memory,
+casts in silence and ignores what is left over. Names, shapes and dtypes are compared before the
+first row is written.
 """
 
 from __future__ import annotations
@@ -18,17 +20,16 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
-from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
 from ptm.checkpoint import manifest as manifests
 from ptm.checkpoint.folders import clean, disk_errors, set_aside, step_folder, step_folders
 from ptm.checkpoint.manifest import MODEL, TRAINING, Manifest, NewerFormat
+from ptm.checkpoint.rows import as_rows, entry, is_stored_as
+from ptm.checkpoint.source import FolderSource, TensorSource, read_rows
 from ptm.checkpoint.verify import Good, OtherRun, verify
 from ptm.common.errors import CheckpointError, line
-from ptm.mesh.peers import Peers, lost
+from ptm.engine.state import StateRows
+from ptm.mesh.peers import Peers
 
 
 def newest_good(
@@ -69,42 +70,43 @@ def newest_good(
 
 def load(
     good: Good,
-    state: dict[str, Tensor],
+    state: Mapping[str, StateRows | Tensor],
     *,
     peers: Peers | None = None,
     weights_only: bool = False,
 ) -> dict[str, Any]:
-    """Fill `state` in place from a verified checkpoint, on any number of ranks; returns its meta.
+    """Fill `state` from a verified checkpoint, on any number of ranks; returns its meta.
 
-    Shapes and dtypes: of the manifest exactly, each tensor a DTensor or, in a world of one, plain.
+    Shapes and dtypes: of the manifest exactly, save that stacked matrices may be (E, R, C) in one
+    and (E x R, C) in the other. Values as in `Saver.save`; ranks may overlap or leave rows out.
     weights_only: only `model.*`, from a checkpoint of either kind, and floats are cast to the
     dtype of `state`. Raises: CheckpointError before anything is changed; HangError.
     """
     peers = peers or Peers()
+    rows = as_rows(state)
     if weights_only:
-        state = {name: tensor for name, tensor in state.items() if name.startswith(MODEL)}
-    check_fit(good.folder, good.manifest, state, weights_only=weights_only)
-    try:
-        dcp_load(
-            dict(state),
-            storage_reader=HuggingFaceStorageReader(str(good.folder)),
-            planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
-            process_group=peers.group,
-            no_dist=peers.group is None,
-        )
-    except CheckpointException as error:  # torch's, a BaseException: rank -> (error, trace)
-        rank, (cause, _) = min(error.failures.items())
-        remedy = "report this"
-        raise CheckpointError(
-            line(f"{good.folder}", f"rank {rank}", f"could not load it ({cause!r})", remedy)
-        ) from cause
-    except RuntimeError as error:
-        raise lost(error) from error
+        rows = {name: value for name, value in rows.items() if name.startswith(MODEL)}
+    check_fit(good.folder, good.manifest, rows, weights_only=weights_only)
+    peers.together(lambda: _fill(rows, FolderSource(good.folder, list(good.manifest.files))))
     return good.manifest.meta
 
 
+def load_weights(source: TensorSource, state: Mapping[str, StateRows | Tensor]) -> None:
+    """Fill the `model.*` of `state` from an opened model, whose shapes `check_shapes` has compared;
+    floats are cast."""
+    rows = as_rows(state)
+    names = {name.removeprefix(MODEL): name for name in rows if name.startswith(MODEL)}
+    _fill({short: rows[name] for short, name in names.items()}, source)
+
+
+def _fill(state: Mapping[str, StateRows], source: TensorSource) -> None:
+    for name, rows in state.items():
+        if rows.num_rows:
+            rows.write(read_rows(source, name, rows).to(rows.dtype))
+
+
 def check_fit(
-    folder: Path, manifest: Manifest, state: Mapping[str, Tensor], *, weights_only: bool
+    folder: Path, manifest: Manifest, state: Mapping[str, StateRows], *, weights_only: bool
 ) -> None:
     """Raise CheckpointError unless `state` is exactly what the checkpoint holds."""
     if manifest.holds != TRAINING and not weights_only:
@@ -118,10 +120,11 @@ def check_fit(
         rule = "is in the checkpoint" if name in census else "is in the model"
         remedy = "load it into the model that it was saved from"
         raise CheckpointError(line(f"{folder} tensor", name, f"{rule} only", remedy))
-    for name, tensor in state.items():
-        wanted, has = manifests.entry_of(tensor.shape, tensor.dtype), census[name]
-        is_cast = weights_only and tensor.is_floating_point() and has.torch_dtype.is_floating_point
-        if has.shape != wanted.shape or (has.dtype != wanted.dtype and not is_cast):
+    for name, rows in state.items():
+        wanted, has = entry(rows), census[name]
+        is_float = wanted.torch_dtype.is_floating_point and has.torch_dtype.is_floating_point
+        is_dtype = has.dtype == wanted.dtype or (weights_only and is_float)
+        if not is_stored_as(has.shape, wanted.shape) or not is_dtype:
             rule = f"is {has.dtype} {list(has.shape)}, the model has {wanted.dtype}"
             rule += f" {list(wanted.shape)}"
             raise CheckpointError(

@@ -79,19 +79,26 @@ class SafetensorsFile:
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows start..stop of dim 0 of a tensor, in new memory; all of it by default."""
         stored = self.tensors[name]
+        stop = (stored.shape[0] if stored.shape else 1) if stop is None else stop
+        shape = (stop - start, *stored.shape[1:]) if stored.shape else ()
+        found = torch.empty(shape, dtype=stored.dtype)
+        self.read_into(found, name, start, stop)
+        return found
+
+    def read_into(self, out: Tensor, name: str, start: int, stop: int) -> None:
+        """Fill a contiguous `out` with rows start..stop of a tensor, of the dtype stored."""
+        stored = self.tensors[name]
         rows = stored.shape[0] if stored.shape else 1
-        stop = rows if stop is None else stop
         assert 0 <= start <= stop <= rows, (name, start, stop, rows)
         row_bytes = stored.num_bytes // rows if rows else 0
-        shape = (stop - start, *stored.shape[1:]) if stored.shape else ()
-        rows_ = torch.empty(shape, dtype=stored.dtype)
+        view = as_bytes(out)
+        assert len(view) == (stop - start) * row_bytes and out.is_contiguous(), (name, out.shape)
         with open_file(self.folder, self.name) as descriptor:
             if os.fstat(descriptor).st_size != self.num_bytes:
                 raise CheckpointError(
                     line("file", self.name, "changed while it was read", "start again")
                 )
-            pread_into(descriptor, as_bytes(rows_), stored.start + start * row_bytes, self.name)
-        return rows_
+            pread_into(descriptor, view, stored.start + start * row_bytes, self.name)
 
 
 class SafetensorsWriter:
@@ -110,8 +117,7 @@ class SafetensorsWriter:
         tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
         metadata: Mapping[str, str] | None = None,
     ) -> None:
-        # Widest first keeps every tensor aligned to its own item size, as the library does.
-        self.names = sorted(tensors, key=lambda name: -tensors[name][1].itemsize)
+        self.names, header = lay_out(tensors, metadata)
         self._left = {
             name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in tensors.items()
         }
@@ -119,22 +125,8 @@ class SafetensorsWriter:
         self._next = iter(self.names)
         self._current: str | None = None
         self._path = path
-        header: dict[str, Any] = {METADATA: {"format": "pt", **(metadata or {})}}
-        offset = 0
-        for name in self.names:
-            shape, dtype = tensors[name]
-            stop = offset + self._left[name]
-            header[name] = {
-                "dtype": CODES[dtype],
-                "shape": list(shape),
-                "data_offsets": [offset, stop],
-            }
-            offset = stop
-        raw = json.dumps(header, separators=(",", ":")).encode()
-        raw += b" " * (-len(raw) % 8)
-        assert len(raw) <= MAX_HEADER_BYTES and len(tensors) <= MAX_TENSORS, (path, len(raw))
         self._file = open(path, "xb", buffering=0)  # noqa: SIM115 - closed by __exit__
-        self._put(memoryview(len(raw).to_bytes(8, "little") + raw))
+        self._put(memoryview(header))
 
     def write(self, name: str, piece: Tensor) -> None:
         """Append the next rows of `name`, any shape."""
@@ -171,6 +163,30 @@ class SafetensorsWriter:
                 view = view[self._file.write(view) :]
         except OSError as failure:
             raise _disk(self._path, failure) from failure
+
+
+def lay_out(
+    tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+    metadata: Mapping[str, str] | None = None,
+) -> tuple[list[str], bytes]:
+    """The order of tensors on disk, and the first bytes of their file up to where they begin."""
+    # Widest first keeps every tensor aligned to its own item size, as the library does.
+    names = sorted(tensors, key=lambda name: -tensors[name][1].itemsize)
+    header: dict[str, Any] = {METADATA: {"format": "pt", **(metadata or {})}}
+    offset = 0
+    for name in names:
+        shape, dtype = tensors[name]
+        stop = offset + math.prod(shape) * dtype.itemsize
+        header[name] = {
+            "dtype": CODES[dtype],
+            "shape": list(shape),
+            "data_offsets": [offset, stop],
+        }
+        offset = stop
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    assert len(raw) <= MAX_HEADER_BYTES and len(tensors) <= MAX_TENSORS, (names[:1], len(raw))
+    return names, len(raw).to_bytes(8, "little") + raw
 
 
 def as_bytes(tensor: Tensor) -> memoryview:

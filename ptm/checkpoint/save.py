@@ -1,9 +1,9 @@
 """Saving: a checkpoint is there whole, read back and named, or it is not there at all.
 
     caller's thread   1 wait for the save before     2 copy this rank's rows to host memory
-    saver's thread    3 hash the copies; the ranks tell each other, check that every row is there
+    saver's thread    3 the ranks tell each other what they have, check that every row is there once
                       4 the same step of this run, same content, already there and good: done
-                      5 torch DCP writes step-N.tmp-<uuid>, fsynced
+                      5 torch DCP writes step-N.tmp-<uuid>, hashed on the way, fsynced
                       6 every rank drops its files from the page cache, reads them back, compares
                       7 rank 0: attachments, manifest, fsync, rename to step-N, fsync, rotation
 
@@ -11,15 +11,19 @@ Nothing is ever written into a folder named step-N. A step that is there with ot
 run went back and came again) is replaced by two renames; see folders.py. What stands in the way
 and is damaged, or of another run, is renamed and kept.
 
+A save that is not in the background leaves out the copy and has the caller wait: rows are read one
+tensor at a time, as they are written, so states larger than memory can be saved.
+
 Ranks meet in `Peers.together` and in DCP, on a gloo group of their own, so a failure on one is
 raised on all: StorageError (74) for the disk, CheckpointError (4) for a state that does not add
 up, HangError (70) when a peer is gone or late. Rank 0 removes the temporary folder; should that be
 the one to die, the next start does. Errors of the saver's thread come up in the next `save` or
-`wait`. Memory: the copy, plus twice FILE_BYTES inside DCP's writer.
+`wait`. Memory: the copy, if there is one, and one tensor's rows.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -32,19 +36,21 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from ptm.checkpoint import manifest as manifests
 from ptm.checkpoint.commit import attach, check_room, commit, drop_cache, read_back_errors
 from ptm.checkpoint.config import CheckpointConfig
+from ptm.checkpoint.dcp_writer import RowsPlanner, ShardWriter, plan_files
 from ptm.checkpoint.folders import disk_errors, step_folder, storage_error
 from ptm.checkpoint.manifest import Entry, Manifest, Piece, ShardFile
 from ptm.checkpoint.rotate import rotate
+from ptm.checkpoint.rows import as_rows, digest, entry, settle
 from ptm.checkpoint.safetensors_file import SafetensorsFile
-from ptm.checkpoint.snapshot import Rows, RowsPlanner, Snapshot, plan_files
+from ptm.checkpoint.snapshot import Snapshot
 from ptm.checkpoint.verify import check_piece, verify
 from ptm.common.errors import CheckpointError, PtmError, line
+from ptm.engine.state import StateRows
 from ptm.mesh.peers import Peers, lost
 
 
@@ -61,33 +67,23 @@ class Saved(NamedTuple):
 
 
 class Job(NamedTuple):
-    """One save, frozen on the caller's thread."""
+    """One save; its rows are a copy, or live while the caller waits."""
 
     folder: Path
     step: int
-    rows: dict[str, Rows]
+    rows: dict[str, StateRows]
     meta: dict[str, Any]
     attachments: dict[str, Path]
     is_best: bool
-
-
-class Content(NamedTuple):
-    """All ranks' rows, known to cover every tensor once; pieces are (first row, rows, hash)."""
-
-    census: dict[str, Entry]
-    pieces: dict[str, list[tuple[int, int, str]]]
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(entry.shape[0] * entry.row_bytes for entry in self.census.values())
 
 
 class Saver:
     """Writes the checkpoints of one run into `root`. Life: make -> [prepare] -> save* -> close.
 
     Every rank makes one and makes the same calls in the same order. `peers` belongs to it until
-    `close`. `on_saved` hears of each finished save, on the saver's thread of every rank. `writer`
-    is DCP's; a test may pass one on a disk that fails.
+    `close`. `on_saved` hears of each finished save, on the saver's thread of every rank. With
+    `stream` no save is in the background, whatever the config says: for states that memory holds
+    no second time. `writer`: a test may pass one on a disk that fails.
     """
 
     def __init__(
@@ -98,24 +94,26 @@ class Saver:
         run_id: str,
         peers: Peers | None = None,
         on_saved: Callable[[Saved], None] = lambda saved: None,
-        writer: Callable[..., HuggingFaceStorageWriter] = HuggingFaceStorageWriter,
+        stream: bool = False,
+        writer: Callable[[Path, dict[str, int]], ShardWriter] = ShardWriter,
     ) -> None:
         self.root, self.config, self.run_id = root, config, run_id
         self.peers = peers or Peers()
+        self.is_background = config.background and not stream
         self._is_main = self.peers.rank == 0
         self._on_saved, self._writer = on_saved, writer
         self._snapshot = Snapshot()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ptm-save")
         self._running: Future[Saved] | None = None
 
-    def prepare(self, state: Mapping[str, Tensor]) -> None:
+    def prepare(self, state: Mapping[str, StateRows | Tensor]) -> None:
         """Allocate the memory of the copies now, for a first save as short as others."""
-        if self.config.background:
-            self._snapshot.take(state, is_copy=True)
+        if self.is_background:
+            self._snapshot.prepare(as_rows(state))
 
     def save(
         self,
-        state: Mapping[str, Tensor],
+        state: Mapping[str, StateRows | Tensor],
         *,
         step: int,
         meta: dict[str, Any],
@@ -124,7 +122,8 @@ class Saver:
         is_best: bool = False,
         block: bool = False,
     ) -> Saved | None:
-        """Save `state` as of now; returns when it is copied, or with `block` when it is on disk.
+        """Save `state` as of now; returns when it is copied, or, with `block` and where nothing is
+        copied, when it is on disk. Each value gives the rows that this rank has, if any.
 
         `attachments`: name in the checkpoint -> a file, or a folder of files. `expected`: the names
         that the live model and optimizer have; a state with more or fewer is refused.
@@ -133,8 +132,12 @@ class Saver:
         self.wait()
         started = time.perf_counter()
         _check_names(state.keys(), expected)
-        is_background = self.config.background and not block
-        rows = self._snapshot.take(state, is_copy=is_background)
+        is_background = self.is_background and not block
+        rows = as_rows(state)
+        if is_background:
+            rows = self._snapshot.copy(rows)
+        else:
+            settle(rows)
         job = Job(
             folder=step_folder(self.root, step),
             step=step,
@@ -166,6 +169,8 @@ class Saver:
             rank, (cause, _) = min(error.failures.items())
             if isinstance(cause, OSError):
                 raise storage_error(job.folder, cause) from cause
+            if isinstance(cause, PtmError):  # of whoever reads the rows
+                raise cause from error
             raise PtmError(f"{job.folder}: rank {rank} failed to write: {cause!r}") from error
         except PtmError:
             raise
@@ -184,18 +189,19 @@ class Saver:
         return saved
 
     def _save(self, job: Job) -> tuple[Manifest, list[str] | None]:
-        content, digests = self._content(job)
-        first = self.peers.together(lambda: self._look(job, content) if self._is_main else None)[0]
-        if first["is_same"] and (good := self._verified(job.folder)):
-            return good, None
-        tmp = job.folder.with_name(first["tmp"])
+        census = self._census(job)
+        if same := self._there_already(job, census):
+            return same, None
+        tmp = job.folder.with_name(
+            self.peers.together(lambda: self._begin(job, census) if self._is_main else None)[0]
+        )
         try:
-            self._write(job, tmp, content.census)
-            heard = self.peers.together(lambda: self._read_back(tmp, job, content.census, digests))
+            digests = self._write(job, tmp, census)
+            heard = self.peers.together(lambda: self._read_back(tmp, job, census, digests))
             attached = self.peers.together(
                 lambda: attach(tmp, job.attachments) if self._is_main else None
             )[0]
-            manifest = self._manifest(job, content.census, heard, attached)
+            manifest = self._manifest(job, census, heard, attached)
             notes = self.peers.together(
                 lambda: commit(tmp, job.folder, manifest) if self._is_main else None
             )[0]
@@ -207,17 +213,13 @@ class Saver:
             notes += self._rotate(job.folder)
         return manifest, notes
 
-    def _content(self, job: Job) -> tuple[Content, dict[str, str]]:
-        """What all ranks hold, and the hashes of this rank's rows. Raises CheckpointError."""
-        digests = {name: rows.digest() for name, rows in job.rows.items() if len(rows.rows_RX)}
+    def _census(self, job: Job) -> dict[str, Entry]:
+        """What all ranks hold together. Raises CheckpointError unless that is every row once."""
         heard = self.peers.gather(
             {
                 "step": job.step,
-                "census": {n: [list(r.shape), r.entry.dtype] for n, r in job.rows.items()},
-                "pieces": {
-                    name: [job.rows[name].first_row, len(job.rows[name].rows_RX), digest]
-                    for name, digest in digests.items()
-                },
+                "census": {n: [list(r.shape), entry(r).dtype] for n, r in job.rows.items()},
+                "ranges": {n: [r.first_row, r.num_rows] for n, r in job.rows.items() if r.num_rows},
             }
         )
         for rank, other in enumerate(heard):
@@ -226,31 +228,41 @@ class Saver:
                 raise CheckpointError(
                     line("state of rank", rank, rule, "save on all ranks at once")
                 )
-        census = {name: rows.entry for name, rows in job.rows.items()}
-        pieces = {}
-        for name, entry in census.items():
-            pieces[name] = sorted(tuple(h["pieces"][name]) for h in heard if name in h["pieces"])
-            manifests.check_cover(name, entry.shape[0], [piece[:2] for piece in pieces[name]])
-        return Content(census, pieces), digests
+        census = {name: entry(rows) for name, rows in job.rows.items()}
+        for name, whole in census.items():
+            ranges = [tuple(h["ranges"][name]) for h in heard if name in h["ranges"]]
+            manifests.check_cover(name, whole.shape[0], ranges)
+        return census
 
-    def _look(self, job: Job, content: Content) -> dict[str, Any]:
-        """Rank 0: is this very checkpoint there already, and if not, is there room for it?"""
-        with disk_errors(job.folder):
-            self.root.mkdir(parents=True, exist_ok=True)
-        is_same = _is_same(job, self.run_id, content)
-        if not is_same:
-            check_room(self.root, content.num_bytes)
-        return {"is_same": is_same, "tmp": f"{job.folder.name}.tmp-{uuid.uuid4().hex}"}
+    def _there_already(self, job: Job, census: dict[str, Entry]) -> Manifest | None:
+        """The checkpoint with this step's name, if it is good and has just what would be saved."""
 
-    def _verified(self, folder: Path) -> Manifest | None:
+        def look() -> bool:
+            with contextlib.suppress(CheckpointError):
+                there = manifests.read(job.folder)
+                mine = (self.run_id, job.meta, job.is_best, census)
+                return mine == (there.run_id, there.meta, there.is_best, there.census)
+            return False
+
+        # Only then it is worth reading all rows for their hashes, here and on the disk.
+        if not self.peers.together(lambda: self._is_main and look())[0]:
+            return None
         try:
-            return verify(folder, self.peers).manifest
+            there = verify(job.folder, self.peers).manifest
         except CheckpointError:
             return None
+        return there if all(self.peers.together(lambda: _has_rows(there, job.rows))) else None
 
-    def _write(self, job: Job, tmp: Path, census: dict[str, Entry]) -> None:
-        files = plan_files(census, self.peers.world)
-        writer = self._writer(path=str(tmp), fqn_to_index_mapping=files, save_distributed=True)
+    def _begin(self, job: Job, census: dict[str, Entry]) -> str:
+        """Rank 0: see that there is room, and name the temporary folder."""
+        with disk_errors(job.folder):
+            self.root.mkdir(parents=True, exist_ok=True)
+        check_room(self.root, sum(e.shape[0] * e.row_bytes for e in census.values()))
+        return f"{job.folder.name}.tmp-{uuid.uuid4().hex}"
+
+    def _write(self, job: Job, tmp: Path, census: dict[str, Entry]) -> dict[str, str]:
+        """Write this rank's files; the hashes of its rows as they were read."""
+        writer = self._writer(tmp, plan_files(census, self.peers.world))
         try:
             dcp_save(
                 {},
@@ -261,6 +273,7 @@ class Saver:
             )
         except RuntimeError as error:  # what a rank's own work raises comes as CheckpointException
             raise lost(error) from error
+        return writer.digests
 
     def _read_back(
         self, tmp: Path, job: Job, census: dict[str, Entry], digests: dict[str, str]
@@ -326,13 +339,11 @@ def _check_names(names: Any, expected: set[str] | None) -> None:
         raise CheckpointError(line("tensor", extra, rule, "save no more than that"))
 
 
-def _is_same(job: Job, run_id: str, content: Content) -> bool:
-    try:
-        there = manifests.read(job.folder)
-    except CheckpointError:
-        return False
-    mine = (run_id, job.meta, job.is_best, content.census)
-    return mine == (there.run_id, there.meta, there.is_best, there.census) and all(
-        [(p.first_row, p.num_rows, p.xxh3_128) for _, p in there.pieces(name)] == found
-        for name, found in content.pieces.items()
-    )
+def _has_rows(there: Manifest, state: Mapping[str, StateRows]) -> bool:
+    pieces = {
+        (name, piece.first_row, piece.num_rows): piece.xxh3_128
+        for file in there.files.values()
+        for name, piece in file.pieces.items()
+    }
+    mine = ((n, r) for n, r in state.items() if r.num_rows)
+    return all(pieces.get((n, r.first_row, r.num_rows)) == digest(r) for n, r in mine)

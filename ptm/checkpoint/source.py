@@ -23,6 +23,7 @@ from torch import Tensor
 from ptm.checkpoint.safetensors_file import MAX_TENSORS, SafetensorsFile
 from ptm.checkpoint.untrusted import parse_object
 from ptm.common.errors import CheckpointError, line
+from ptm.engine.state import StateRows
 from ptm.model.hf_names import Piece, Rows
 
 PIECE_BYTES = 64 * 2**20
@@ -90,8 +91,8 @@ class FolderSource:
         for first_row, num_rows, file in shards:
             first, last = max(start, first_row), min(stop, first_row + num_rows)
             if first < last:
-                rows = file.read(name, first - first_row, last - first_row)
-                out[first - start : last - start] = rows
+                rows = out[first - start : last - start]
+                file.read_into(rows, name, first - first_row, last - first_row)
         return out
 
     def files_of(self, name: str) -> list[str]:
@@ -143,6 +144,22 @@ def all_rows(source: TensorSource, name: str) -> Rows:
     """A tensor as rows of itself."""
     shape = source.info(name).shape
     return Rows(shape, (Piece(name, 0, shape[0] if shape else 1),))
+
+
+def read_rows(source: TensorSource, name: str, rows: StateRows) -> Tensor:
+    """The rows of `source`'s tensor `name` that `rows` has, in its shape and the dtype stored.
+
+    Stacked matrices may be (E, R, C) in one and (E x R, C) in the other. Only these rows are read,
+    or, cut out of the middle of a matrix in a source that has them stacked, all of that matrix.
+    """
+    shape = source.info(name).shape
+    ours = math.prod(rows.shape[1:])
+    per_row = math.prod(shape[1:])
+    first, last = rows.first_row * ours, (rows.first_row + rows.num_rows) * ours  # in elements
+    start = first // per_row
+    found = source.read(name, start, -(-last // per_row)).view(-1)
+    found = found[first - start * per_row : last - start * per_row]
+    return found.view(rows.num_rows, *rows.shape[1:])
 
 
 def stream(source: TensorSource, tensor: Rows, piece_bytes: int = PIECE_BYTES) -> Iterator[Tensor]:

@@ -23,11 +23,13 @@ from ptm.checkpoint.hf import Opened, Origin, copy_tokenizer
 from ptm.checkpoint.manifest import MODEL, WEIGHTS, Attachment, Manifest
 from ptm.checkpoint.safetensors_file import SafetensorsFile
 from ptm.checkpoint.shards import OnPiece, write_shards
-from ptm.checkpoint.source import FolderSource, RowsSource, all_rows, check_shapes
+from ptm.checkpoint.source import FolderSource, RowsSource, TensorSource, all_rows, check_shapes
 from ptm.common.config import Choice
 from ptm.common.errors import CheckpointError, PtmError, line
+from ptm.engine.state import stored_shape
 from ptm.model.config import ModelConfig, RouterKind
-from ptm.model.hf_names import Layout, our_shapes
+from ptm.model.hf_names import Layout, Rows
+from ptm.model.transformer import Transformer
 
 TOKENIZER = "tokenizer"
 MODEL_KEY, PUBLISHED_KEY = "model", "published"
@@ -37,12 +39,17 @@ def open_checkpoint(folder: Path, found: Manifest) -> Opened:
     """The model in a checkpoint folder that was verified. Raises CheckpointError."""
     model = model_from_json(found.meta.get(MODEL_KEY))
     source = FolderSource(folder, list(found.files))
-    names = [name for name in found.census if name.startswith(MODEL)]
+    shapes = _shapes(model, most_layers=len(found.census))
     weights = RowsSource(
-        source, {name.removeprefix(MODEL): all_rows(source, name) for name in names}
+        source,
+        {
+            name.removeprefix(MODEL): _as_model_has(source, name, shapes)
+            for name in found.census
+            if name.startswith(MODEL)
+        },
     )
-    if model.router is RouterKind.attention:
-        check_shapes(weights, our_shapes(model), folder)
+    if model.router is RouterKind.attention:  # others have no published form: said by the writer
+        check_shapes(weights, shapes, folder)
     origin = _origin(found.meta[PUBLISHED_KEY]) if PUBLISHED_KEY in found.meta else None
     return Opened(model, weights, origin, folder / TOKENIZER, (), folder)
 
@@ -113,6 +120,19 @@ def model_from_json(values: Any) -> ModelConfig:
         return ModelConfig(**made)
     except PtmError as error:
         raise CheckpointError(f"{manifest.FILE}: {error}") from None
+
+
+def _shapes(model: ModelConfig, *, most_layers: int) -> dict[str, tuple[int, ...]]:
+    # More layers than tensors: it cannot fit, and to see that not all of them need be made.
+    layers = min(model.num_hidden_layers, most_layers)
+    made = Transformer(dataclasses.replace(model, num_hidden_layers=layers), device="meta")
+    return {name: tuple(tensor.shape) for name, tensor in made.state_dict().items()}
+
+
+def _as_model_has(source: TensorSource, name: str, shapes: dict[str, tuple[int, ...]]) -> Rows:
+    # An engine saves the matrices of all experts below each other.
+    rows, shape = all_rows(source, name), shapes.get(name.removeprefix(MODEL), ())
+    return rows._replace(shape=shape) if stored_shape(shape) == rows.shape else rows
 
 
 def _attach(tokenizer: Path, folder: Path) -> dict[str, Attachment]:

@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from ptm.checkpoint import manifest as manifests
 from ptm.checkpoint.commit import preflight
 from ptm.checkpoint.config import CheckpointConfig
+from ptm.checkpoint.dcp_writer import FILE_BYTES, plan_files
 from ptm.checkpoint.load import load
 from ptm.checkpoint.manifest import Entry
 from ptm.checkpoint.save import Saved, Saver
-from ptm.checkpoint.snapshot import FILE_BYTES, plan_files
 from ptm.checkpoint.verify import verify
 from ptm.common.errors import CheckpointError, StorageError
 from ptm.mesh.peers import Peers

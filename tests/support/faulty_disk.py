@@ -1,4 +1,4 @@
-"""DCP's safetensors writer on a disk that is slow, full, failing, or lies."""
+"""The writer of checkpoints on a disk that is slow, full, failing, or lies."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch.distributed.checkpoint.filesystem import FileSystem
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+
+from ptm.checkpoint.dcp_writer import ShardWriter
 
 
 class FaultyDisk(FileSystem):
-    """`on_write(path, data)` may sleep, raise OSError, or return other bytes to write."""
+    """`on_write(path, data)` may sleep, raise OSError, or return other bytes to write. It is called
+    for the header of a file and for each tensor in it."""
 
     def __init__(self, on_write: Callable[[str, bytes], bytes | None]) -> None:
         self.on_write = on_write
@@ -24,8 +26,8 @@ class FaultyDisk(FileSystem):
         with super().create_stream(path, mode) as stream:
             write = stream.write
 
-            def faulty(data: bytes) -> int:
-                changed = self.on_write(os.fspath(path), data)
+            def faulty(data: bytes | memoryview) -> int:
+                changed = self.on_write(os.fspath(path), bytes(data))
                 return write(data if changed is None else changed)
 
             yield _Stream(stream, faulty)  # type: ignore[misc]
@@ -42,8 +44,8 @@ class _Stream:
 def writer_on(on_write: Callable[[str, bytes], bytes | None]) -> Callable[..., Any]:
     """A `writer` for Saver whose files are written through `on_write`."""
 
-    def make(**options: Any) -> HuggingFaceStorageWriter:
-        writer = HuggingFaceStorageWriter(**options)
+    def make(*args: Any) -> ShardWriter:
+        writer = ShardWriter(*args)
         writer.fs = FaultyDisk(on_write)
         return writer
 
@@ -51,7 +53,15 @@ def writer_on(on_write: Callable[[str, bytes], bytes | None]) -> Callable[..., A
 
 
 def slow(seconds: float) -> Callable[..., Any]:
-    return writer_on(lambda path, data: time.sleep(seconds))
+    """Every file takes that long to begin."""
+    begun: set[str] = set()
+
+    def on_write(path: str, data: bytes) -> None:
+        if path not in begun:
+            begun.add(path)
+            time.sleep(seconds)
+
+    return writer_on(on_write)
 
 
 def failing(error: int, when: Callable[[str], bool] = lambda path: True) -> Callable[..., Any]:
@@ -67,5 +77,10 @@ def failing(error: int, when: Callable[[str], bool] = lambda path: True) -> Call
 
 
 def lying() -> Callable[..., Any]:
-    """One bit in the last byte of each file is not what was written."""
-    return writer_on(lambda path, data: data[:-1] + bytes([data[-1] ^ 4]))
+    """One bit in the last byte of each tensor is not what was written."""
+
+    def on_write(path: str, data: bytes) -> bytes:
+        is_header = data[8:9] == b"{" and int.from_bytes(data[:8], "little") == len(data) - 8
+        return data if is_header else data[:-1] + bytes([data[-1] ^ 4])
+
+    return writer_on(on_write)
