@@ -31,7 +31,7 @@ class Uses(Protocol):
 
 class EvictionPolicy(Protocol):
     def follow(self, uses: Uses) -> None:
-        """The step is known from now on; positions count within it."""
+        """The step is known from now on. Called between steps; positions count within a step."""
         ...
 
     def touched(self, page: int, position: int) -> None:
@@ -48,6 +48,11 @@ class Lru:
 
     def __init__(self) -> None:
         self._order: dict[int, None] = {}
+
+    @property
+    def pages(self) -> Iterable[int]:
+        """Every page touched and not chosen since, least recent first."""
+        return self._order.keys()
 
     def follow(self, uses: Uses) -> None:
         del uses
@@ -79,10 +84,10 @@ class NextUse:
         self._farthest: list[tuple[int, int]] = []
 
     def follow(self, uses: Uses) -> None:
-        # What was touched before has no place in the new step; victim() looks at such pages only
-        # when nothing else can leave, or finds them through `_unplaced`.
+        count = uses.num_positions
         self._uses, self._steps, self._latest = uses, 0, 0
-        self._due, self._farthest = {}, []
+        self._due = {page: uses.next_use(page, count - 1) - count for page in self._past.pages}
+        self._order_again()
 
     def touched(self, page: int, position: int) -> None:
         self._past.touched(page, position)
@@ -120,6 +125,13 @@ class NextUse:
         due = now - position + self._uses.next_use(page, position)
         self._due[page] = due
         heapq.heappush(self._farthest, (-due, page))
+        if len(self._farthest) > 4 * len(self._due) + 64:
+            self._order_again()
+
+    def _order_again(self) -> None:
+        # Entries that are no longer true would pile up where nothing is ever evicted.
+        self._farthest = [(-due, page) for page, due in self._due.items()]
+        heapq.heapify(self._farthest)
 
     def _now(self, position: int) -> int:
         """`position` counted on through all steps."""

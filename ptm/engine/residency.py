@@ -1,0 +1,234 @@
+"""Which pages stay in memory between two uses, and which frame each fetch takes.
+
+A *gap* is the time between two uses of a page, round the circle of the step. A kept gap occupies a
+frame from use to use; a dropped one only while the page is in hand, and costs a fetch. At no
+position may kept gaps and pages in hand be more than the frames: that is the whole problem, and
+as it is posed on the circle, its solution fits every step alike.
+
+1. `kept_gaps`: Lru as it settles; or Belady's rule on one step whose first pages S are also its
+   last. Belady run for ever would do slightly better, but each step would differ: over pages used
+   once a step it keeps turning (A B C in two frames: 1.5 fetches a step, here 2). A page that is
+   not carried over the end (not in S) is dropped at its last use; S loses what did not stay until
+   it no longer changes. Each round costs no more fetches than the one before.
+2. `pair`: frames become free in one order and are needed in another; each fetch takes the frame
+   that has been free longest, so that it may start as early as memory allows. A page that comes
+   back before its frame was taken needs no fetch.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from ptm.engine.config import PolicyKind
+from ptm.engine.eviction import Lru, NextUse
+from ptm.engine.trace import Trace
+
+
+class Move(NamedTuple):
+    """A fetch and the eviction that frees its frame. `at` is in the step, `needed_at` after it:
+    from num_positions on it means the next step. `last_use` is of the page that leaves."""
+
+    at: int
+    page: int
+    needed_at: int
+    evicts: int
+    last_use: int
+    is_dirty: bool
+
+
+def kept_gaps(trace: Trace, *, policy: PolicyKind, capacity: int, num_held: int) -> list[bool]:
+    """For each access, whether its page stays in one of `capacity` frames until its next use.
+
+    The latest `num_held` accesses may be in hand at once and are never sent away.
+    """
+    count = trace.num_positions
+    pages_lru, hits_lru = _settled_lru(trace, capacity, num_held)
+    if policy is PolicyKind.lru:
+        return [hits_lru[there % count] for there in trace.following]
+    start = _Pass(trace, NextUse(), capacity, num_held)
+    start.follow(trace, ())
+    for _ in range(2):
+        start.run()
+    found = [_belady(trace, carried, capacity, num_held) for carried in (start.frames, pages_lru)]
+    hits = max(found, key=sum)
+    return [hits[there % count] for there in trace.following]
+
+
+def _settled_lru(trace: Trace, capacity: int, num_held: int) -> tuple[set[int], list[bool]]:
+    # After one step the frames hold the pages used last; from then on every step is alike.
+    lru = _Pass(trace, Lru(), capacity, num_held)
+    lru.run()
+    hits = lru.run()
+    return lru.frames, hits
+
+
+def _belady(trace: Trace, carried: set[int], capacity: int, num_held: int) -> list[bool]:
+    carried = set(carried)
+    while True:
+        walk = _Pass(trace, NextUse(), capacity, num_held)
+        walk.follow(_Carried(trace, carried), carried)
+        hits = walk.run()
+        stayed = {p for p in carried if p in walk.frames and hits[trace.positions[p][0]]}
+        if stayed == carried:
+            return hits
+        carried = stayed
+
+
+class _Carried(NamedTuple):
+    """The trace for Belady's rule when only `pages` are kept over the end of the step."""
+
+    trace: Trace
+    pages: set[int]
+
+    @property
+    def num_positions(self) -> int:
+        return self.trace.num_positions
+
+    def next_use(self, page: int, position: int) -> int:
+        use, count = self.trace.next_use(page, position), self.trace.num_positions
+        return use if use < count or page in self.pages else use + count
+
+
+class _Pass:
+    """Steps through the trace with a policy, fetching on demand."""
+
+    def __init__(self, trace: Trace, policy: Lru | NextUse, capacity: int, num_held: int) -> None:
+        self.trace, self.policy, self.capacity = trace, policy, capacity
+        self.frames: set[int] = set()
+        self.in_hand: deque[int] = deque(maxlen=num_held - 1)
+
+    def follow(self, uses: Trace | _Carried, carried: Iterable[int]) -> None:
+        """Begin with `carried` and what was in hand at the end of the step before."""
+        last = {page: used[-1] for page, used in self.trace.positions.items()}
+        self.policy.follow(uses)
+        pages = set(carried)
+        if pages and self.in_hand.maxlen:
+            self.in_hand.extend(a.page for a in self.trace.accesses[-self.in_hand.maxlen :])
+        self.frames = pages.union(self.in_hand)
+        for page in sorted(self.frames, key=last.__getitem__):
+            self.policy.touched(page, last[page])
+
+    def run(self) -> list[bool]:
+        """One step: whether each access found its page."""
+        hits = []
+        for position, access in enumerate(self.trace.accesses):
+            hits.append(access.page in self.frames)
+            if not hits[-1]:
+                self._make_room(position)
+                self.frames.add(access.page)
+            self.policy.touched(access.page, position)
+            self.in_hand.append(access.page)
+        return hits
+
+    def _make_room(self, position: int) -> None:
+        if len(self.frames) < self.capacity:
+            return
+        held = [page for page in set(self.in_hand) if page in self.frames]
+        self.frames.difference_update(held)
+        self.frames.remove(self.policy.victim(self.frames, position))
+        self.frames.update(held)
+
+
+def pair(trace: Trace, kept: list[bool], *, num_frames: int, num_held: int) -> list[Move]:
+    """A fetch for every dropped gap that needs one, in the order in which they are issued."""
+    count, hold = trace.num_positions, num_held - 1
+    gaps = [position for position, stays in enumerate(kept) if not stays]
+    if not gaps:
+        return []
+    # Frame number k of the circle is freed by gap k, at gaps[k % M] + hold; needs likewise.
+    needs = sorted(trace.following[gap] % count for gap in gaps)
+    rank = {need: index for index, need in enumerate(needs)}
+    wanted = [
+        rank[trace.following[gap] % count] + len(gaps) * (trace.following[gap] // count)
+        for gap in gaps
+    ]
+    # Just before position 0: frames of kept gaps and in hand; the rest wait, freed one by one.
+    over_end = sum(stays and there >= count for stays, there in zip(kept, trace.following))
+    freed = sum(gap + hold < count for gap in gaps)
+    waiting = num_frames - over_end - (len(gaps) - freed)
+    taker = [index - (freed - len(gaps) - waiting) for index in range(len(gaps))]
+    _rescue(taker, wanted)
+    return _moves(trace, gaps, taker, wanted, hold)
+
+
+def _rescue(taker: list[int], wanted: list[int]) -> None:
+    """Give a page its own frame where nobody takes it before the page is needed again, and the
+    frame that it would have had, which has been free for longer, to whoever was to take it."""
+    size = len(taker)
+    source = {take % size: free - (take - take % size) for free, take in enumerate(taker)}
+    todo = list(range(size))
+    while todo:
+        free = todo.pop()
+        take, want = taker[free], wanted[free]
+        if take <= want:
+            continue
+        turns = want // size
+        other = source[want % size] + turns * size
+        taker[free], source[want % size] = want, free - turns * size
+        if other % size == free:
+            continue  # the frame would have waited for more than a step: one frame too many
+        turns = other // size
+        taker[other % size] = take - turns * size
+        source[take % size] = other - (take - take % size)
+        todo.append(other % size)
+
+
+def _moves(
+    trace: Trace, gaps: list[int], taker: list[int], wanted: list[int], hold: int
+) -> list[Move]:
+    count, size = trace.num_positions, len(gaps)
+    is_fetched = [take != want for take, want in zip(taker, wanted)]
+    dropped = {gap for gap, fetched in zip(gaps, is_fetched) if fetched}
+    dirty = _dirty(trace, dropped)
+    moves: dict[int, Move] = {}
+    before: dict[int, int] = {}
+    page_at = {wanted[k] % size: k for k in range(size)}
+    for free, gap in enumerate(gaps):
+        if not is_fetched[free]:
+            continue
+        # 1. The fetch `take` uses the frame that `gap` leaves; count it from its own step.
+        fetch, turns = taker[free] % size, taker[free] // size
+        incoming = page_at[fetch]
+        need = trace.following[gaps[incoming]] % count
+        at = gap + hold - turns * count
+        moves[fetch] = Move(
+            at, trace.accesses[need].page, need, trace.accesses[gap].page, gap, gap in dirty
+        )
+        assert need - count < at < need, ("a frame is free too late", at, need)
+        # 2. The page that comes in left earlier, with the fetch `taker[incoming]`.
+        before[fetch] = taker[incoming] - (wanted[incoming] - fetch)
+    _after_own_eviction(moves, before, size, count)
+    ordered = sorted(moves.values(), key=lambda move: (move.at % count, move.needed_at - move.at))
+    steps = [move.at // count * count for move in ordered]
+    return [m._replace(at=m.at - s, needed_at=m.needed_at - s) for m, s in zip(ordered, steps)]
+
+
+def _after_own_eviction(
+    moves: dict[int, Move], before: dict[int, int], size: int, count: int
+) -> None:
+    # Pairing in order gives this by itself; only a rescue can turn two fetches round.
+    is_moved = True
+    while is_moved:
+        is_moved = False
+        for fetch, move in moves.items():
+            earlier = moves[before[fetch] % size].at + before[fetch] // size * count
+            if earlier > move.at:
+                moves[fetch], is_moved = move._replace(at=earlier), True
+
+
+def _dirty(trace: Trace, dropped: set[int]) -> set[int]:
+    """Dropped gaps whose page was written since it was fetched."""
+    found = set()
+    for used in trace.positions.values():
+        ends = [index for index, position in enumerate(used) if position in dropped]
+        if not ends:
+            continue
+        is_dirty = False
+        for position in used[ends[-1] + 1 :] + used[: ends[-1] + 1]:
+            is_dirty = is_dirty or trace.accesses[position].is_write
+            if position in dropped:
+                found.update([position] if is_dirty else [])
+                is_dirty = False
+    return found

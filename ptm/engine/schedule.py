@@ -1,0 +1,261 @@
+"""From the trace of a step to orders: what to fetch when, and what to send away for it.
+
+    position     0    1    2    3    4    5    6    7    (then 0 again)
+    trace        A    B    C    D    C    B    A    E
+                      |                        |
+    frame 1      [B---B]   [D--D]  ...         [A---     A used at 6, kept to 0 of the next step
+    order             `-at=1, page=D, needed_at=3, evicts=B: B is not used before 5, D is in time
+
+1. Residency (ptm/engine/residency.py): which gaps between two uses keep their frame, by the
+   eviction policy; the others cost a fetch. The trace is a circle, so one answer fits every step.
+2. Pairing: each fetch takes the frame that has been free longest, so it is issued at the earliest
+   position that memory allows (the second phase of Angel-PTM's scheduler, arXiv 2303.02868).
+   Frames kept back from residency let fetches run further ahead, and writes beside reads, for a
+   few more fetches; several numbers are tried and the shortest step wins.
+3. Timeline (ptm/engine/timeline.py): compute and the two links, played with these orders.
+
+The result is data: `text()` prints it, `svg()` draws it, the store obeys it. At the start of a run
+the frames are not yet what the schedule expects: an order whose page is in a frame is void, and one
+whose `evicts` is not sends away what the policy says, following this Schedule's `next_use`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+from ptm.common.errors import OutOfPages, line
+from ptm.common.units import format_bytes
+from ptm.engine.config import PolicyKind
+from ptm.engine.residency import Move, kept_gaps, pair
+from ptm.engine.timeline import Timeline, simulate
+from ptm.engine.trace import Trace
+
+_OFF = 0.10
+_SPARES = (0, 1, 4)
+_SPARE_SHARES = (1 / 32, 1 / 8, 1 / 4, 1 / 2, 5 / 8, 3 / 4)
+
+
+class Order(NamedTuple):
+    """After the access at position `at`, fetch `page` into the frame of `evicts`, which is not used
+    before `page` is. Needed at position `needed_at`: of the next step when that is not after `at`.
+    """
+
+    at: int
+    page: int
+    needed_at: int
+    evicts: int
+
+
+class SectionCost(NamedTuple):
+    """What one phase of one unit costs; written pages leave after their last use here."""
+
+    what: str
+    num_accesses: int
+    num_hits: int
+    num_fetches: int
+    read_bytes: int
+    written_bytes: int
+    work_s: float
+    stall_s: float
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Orders for every step like `trace`, and what they will cost. Made by `make_schedule`."""
+
+    trace: Trace
+    num_frames: int
+    page_bytes: int
+    policy: PolicyKind
+    num_spare: int
+    moves: tuple[Move, ...]
+    timeline: Timeline
+
+    @cached_property
+    def orders(self) -> tuple[Order, ...]:
+        """In the order of issue."""
+        count = self.trace.num_positions
+        return tuple(Order(m.at, m.page, m.needed_at % count, m.evicts) for m in self.moves)
+
+    @property
+    def num_positions(self) -> int:
+        return self.trace.num_positions
+
+    @property
+    def step_s(self) -> float:
+        return self.timeline.step_s
+
+    @property
+    def stall_s(self) -> float:
+        return sum(self.timeline.waited_s)
+
+    @property
+    def read_bytes(self) -> int:
+        return len(self.moves) * self.page_bytes
+
+    @property
+    def written_bytes(self) -> int:
+        return sum(move.is_dirty for move in self.moves) * self.page_bytes
+
+    @cached_property
+    def resident(self) -> frozenset[int]:
+        """Pages that are in frames, or on their way, when a step begins."""
+        state = dict.fromkeys(self.trace.positions, True)
+        for move in self.moves:
+            state[move.page], state[move.evicts] = True, False
+        return frozenset(page for page, is_in in state.items() if is_in)
+
+    def next_use(self, page: int, position: int) -> int:
+        """As Trace.next_use, but a page that is fetched for that use comes a step later: sending
+        it away costs nothing. NextUse that follows this agrees with the orders."""
+        use = self.trace.next_use(page, position)
+        return use + (self.num_positions if use % self.num_positions in self._fetched else 0)
+
+    @cached_property
+    def _fetched(self) -> frozenset[int]:
+        return frozenset(order.needed_at for order in self.orders)
+
+    def costs(self) -> list[SectionCost]:
+        """Accesses, hits, bytes and seconds of each phase of each unit, in order of appearance."""
+        accesses = self.trace.accesses
+        tally = {s.what: [0, 0, 0, 0.0] for s in self.trace.per_unit()}
+        for order in self.orders:
+            tally[accesses[order.needed_at].what][1] += 1
+        for move in self.moves:
+            tally[accesses[move.last_use].what][2] += move.is_dirty
+        for access, waited in zip(accesses, self.timeline.waited_s):
+            tally[access.what][3] += waited
+        size = self.page_bytes
+        return [
+            SectionCost(
+                s.what,
+                s.num_accesses,
+                s.num_accesses - int(fetches),
+                int(fetches),
+                int(fetches) * size,
+                int(written) * size,
+                s.seconds,
+                stall,
+            )  # fmt: skip
+            for s, (_, fetches, written, stall) in zip(self.trace.per_unit(), tally.values())
+        ]
+
+    def text(self) -> str:
+        """One table: a line for each phase of each unit, then the step."""
+        costs = self.costs()
+        head = ("phase", "unit", "accesses", "hits", "fetches", "read", "written", "work", "stall")
+        rows: list[tuple[str, ...]] = [head]
+        for cost in costs:
+            phase, _, unit = cost.what.partition(" ")
+            rows.append((phase, unit or "-", *_cells(cost)))
+        total = SectionCost("", *(sum(column) for column in list(zip(*costs))[1:]))  # type: ignore[arg-type]
+        rows.append(("step", "all", *(_cells(total) if costs else "-" * 7)))
+        widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+        lines = [
+            "  ".join(
+                c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths))
+            )
+            for r in rows
+        ]
+        lines.insert(1, "-" * len(lines[0]))
+        lines.insert(-1, "-" * len(lines[0]))
+        return "\n".join([self.headline(), "", *(text.rstrip() for text in lines)])
+
+    def headline(self) -> str:
+        """The step in one sentence."""
+        pages = len(self.trace.positions)
+        return (
+            f"{pages} pages in {self.num_frames} frames of {format_bytes(self.page_bytes)} by "
+            f"{self.policy}, {self.num_spare} of them to read ahead: step {self.step_s:.3f} s, of "
+            f"which {self.stall_s:.3f} s wait; {format_bytes(self.read_bytes)} read, "
+            f"{format_bytes(self.written_bytes)} written"
+        )
+
+    def svg(self, path: Path) -> None:
+        """Draw one step into an SVG file."""
+        from ptm.engine.schedule_plot import draw
+
+        path.write_text(draw(self))
+
+
+def make_schedule(
+    trace: Trace,
+    *,
+    num_frames: int,
+    page_bytes: int,
+    read_bytes_per_s: float,
+    write_bytes_per_s: float,
+    policy: PolicyKind | str = PolicyKind.next_use,
+    num_held: int = 5,
+    num_spare: int | None = None,
+) -> Schedule:
+    """The schedule of a step like `trace` in `num_frames` frames of memory.
+
+    `num_held`: so many of the latest accesses may be in hand at once (an update holds an optimizer
+    page with up to two pages of weights and two of gradients). `num_spare`: frames kept back for
+    reading ahead; None tries several.
+    Raises OutOfPages when not even the pages in hand fit.
+    """
+    if num_frames < 1:
+        rule = "needs one frame at least"
+        raise OutOfPages(line("num_frames", num_frames, rule, "raise engine.cpu_bytes"))
+    policy = PolicyKind(policy)
+    held = max(1, min(num_held, num_frames))
+    most = num_frames - held
+    spares = {min(most, few) for few in _SPARES}
+    spares |= {min(most, int(num_frames * share)) for share in _SPARE_SHARES}
+    if num_spare is not None or len(trace.positions) <= num_frames:
+        spares = {min(most, num_spare or 0)}
+    found = []
+    for spare in sorted(spares):
+        kept = kept_gaps(trace, policy=policy, capacity=num_frames - spare, num_held=held)
+        moves = pair(trace, kept, num_frames=num_frames, num_held=held)
+        timeline = simulate(
+            trace,
+            moves,
+            read_page_s=page_bytes / read_bytes_per_s,
+            write_page_s=page_bytes / write_bytes_per_s,
+        )
+        found.append(Schedule(trace, num_frames, page_bytes, policy, spare, tuple(moves), timeline))
+    return min(found, key=lambda s: (round(s.step_s, 9), len(s.moves), s.num_spare))
+
+
+def needs_replan(schedule: Schedule, measured: Trace) -> bool:
+    """Whether a measured step is too unlike the one that was planned for.
+
+    True when it is another sequence of accesses; when the step with its waits took over 10 % more
+    or less than predicted; or when the share of a unit's phase in the work of the step is over 10 %
+    off its planned share and by over one hundredth of the step (below that a clock only shows
+    noise). Plan anew with the rates measured since, or the answer stays the same.
+    """
+    planned = schedule.trace
+    if [a[::2] for a in measured.accesses] != [a[::2] for a in planned.accesses]:
+        return True
+    if _is_off(measured.step_s + measured.stall_s, schedule.step_s):
+        return True
+    if not planned.step_s or not measured.step_s:
+        return planned.step_s != measured.step_s
+    for was, now in zip(planned.per_unit(), measured.per_unit()):
+        before, after = was.seconds / planned.step_s, now.seconds / measured.step_s
+        if _is_off(after, before) and abs(after - before) > 0.01:
+            return True
+    return False
+
+
+def _is_off(measured: float, planned: float) -> bool:
+    return abs(measured - planned) > _OFF * planned
+
+
+def _cells(cost: SectionCost) -> tuple[str, ...]:
+    return (
+        str(cost.num_accesses),
+        str(cost.num_hits),
+        str(cost.num_fetches),
+        format_bytes(cost.read_bytes),
+        format_bytes(cost.written_bytes),
+        f"{cost.work_s:.3f} s",
+        f"{cost.stall_s:.3f} s",
+    )
