@@ -110,7 +110,7 @@ class Parts:
 def open_run(recipe: Recipe, plan: Plan) -> Iterator[Parts]:
     """Everything of one run, closed in the reverse order."""
     with ExitStack() as stack:
-        mesh = open_mesh(recipe.engine.timeout_s)
+        mesh = open_mesh(recipe.engine.timeout_s, recipe.engine.ep)
         stack.callback(mesh.close)
         peers = Peers(mesh.background)
         checkpoints = recipe.run_dir / "checkpoints"
@@ -125,8 +125,10 @@ def open_run(recipe: Recipe, plan: Plan) -> Iterator[Parts]:
             is_builder=mesh.is_main,
             show_progress=mesh.is_main,
         )
-        model, engine = build_model(recipe, mesh)
-        state = first_weights(recipe, checkpoints, engine, peers)
+        run_id = on_main(peers, lambda: run_folder.identify(recipe.run_dir))
+        model, engine = build_model(recipe, mesh, plan, peers, run_id=run_id)
+        stack.callback(engine.close)
+        state = first_weights(recipe, checkpoints, engine, peers, run_id=run_id)
         on_main(peers, lambda: run_folder.describe(recipe, plan.text()))
         metrics = Metrics(
             recipe.run_dir,
@@ -187,14 +189,16 @@ def open_run(recipe: Recipe, plan: Plan) -> Iterator[Parts]:
 
 
 def finish(recipe: Recipe, parts: Parts) -> None:
-    """After the last step: say how good the model is, show a sample, write the report. Rank 0."""
-    if not parts.run.mesh.is_main:
-        return
+    """After the last step: say how good the model is, show a sample, write the report."""
+    is_main = parts.run.mesh.is_main
     parts.run.metrics.close()
     best = parts.run.state.best_bits_per_byte
     say(f"held-out bits per byte: {best:.4f} at best" if best is not None else "not evaluated")
     say(f"a sample, temperature {SAMPLE.temperature}:\n")
+    # Weights are sharded: every rank makes the sample, one shows it.
     for text in stream_text(parts.model, parts.corpus.tokenizer, SAMPLE):
-        print(text, end="", flush=True)
+        print(text if is_main else "", end="", flush=True)
+    if not is_main:
+        return
     say(f"\n\nreport: {write_report(recipe.run_dir)}")
     say(f"more:   ptm generate {shlex.quote(str(recipe.run_dir))} prompt='import '")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,21 +16,25 @@ from ptm.checkpoint.save import Saved, Saver
 from ptm.checkpoint.source import check_shapes
 from ptm.checkpoint.weights import model_to_json
 from ptm.common import env
+from ptm.common.plan import Plan
 from ptm.data.corpus import Corpus, Split
 from ptm.data.loader import Loader, Rows
 from ptm.data.pack import Batch
-from ptm.engine.zero1 import Zero1Engine
+from ptm.engine.engine import PagedEngine
+from ptm.engine.open_store import StoreOpener
 from ptm.eval.perplexity import held_out
 from ptm.mesh.mesh import Mesh
 from ptm.mesh.peers import Peers
 from ptm.model.init import new_weight
 from ptm.model.transformer import Transformer
 from ptm.optim.adamw import adamw
+from ptm.parallel.apply import materialize_buffers, share_experts, units_of
 from ptm.parallel.recompute import recompute_blocks
 from ptm.recipe import Recipe
 from ptm.trainer.config import Precision, Recompute
 from ptm.trainer.metrics import Metrics
 from ptm.trainer.state import TrainState
+from ptm.trainer.step import Engine
 
 DTYPES = {Precision.bf16: torch.bfloat16, Precision.fp32: torch.float32}
 
@@ -51,23 +54,38 @@ def on_main(peers: Peers, task: Callable[[], Any]) -> Any:
     return peers.together(lambda: task() if peers.rank == 0 else None)[0]
 
 
-def build_model(recipe: Recipe, mesh: Mesh) -> tuple[Transformer, Zero1Engine]:
+def build_model(
+    recipe: Recipe, mesh: Mesh, plan: Plan, peers: Peers, *, run_id: str
+) -> tuple[Transformer, Engine]:
+    """The model without values, and the engine that owns them, by `engine.kind`."""
     dtype = DTYPES[recipe.train.precision]
-    model = Transformer(recipe.model, dtype=dtype, device=mesh.device)
+    model = Transformer(recipe.model, dtype=dtype, device="meta")
+    units = units_of(model)
+    materialize_buffers(model, mesh.device)
+    share_experts(model, mesh, recipe.engine.chunks)
     if recipe.train.recompute is Recompute.block:
         recompute_blocks(model.model.layers)
-    update = functools.partial(adamw, config=recipe.optim)
-    engine = Zero1Engine(
-        model, mesh=mesh, config=recipe.engine, update=update, clip=recipe.train.clip
+    zero = recipe.engine.zero or 1
+    opener = StoreOpener(recipe.engine, mesh, peers, zero=zero, run_id=run_id)
+    engine = PagedEngine(
+        model,
+        units,
+        mesh=mesh,
+        config=recipe.engine,
+        zero=zero,
+        dtype=dtype,
+        update=functools.partial(adamw, config=recipe.optim),
+        clip=recipe.train.clip,
+        make_store=opener,
     )
     return model, engine
 
 
 def first_weights(
-    recipe: Recipe, checkpoints: Path, engine: Zero1Engine, peers: Peers
+    recipe: Recipe, checkpoints: Path, engine: Engine, peers: Peers, *, run_id: str
 ) -> TrainState:
-    """Fill the engine from the newest good checkpoint, another model, or the seed, in that
-    order."""
+    """Fill the engine from the newest committed step or good checkpoint, another model, or the
+    seed, in that order."""
     good = newest_good(checkpoints, peers=peers, repair=True)
     if good is not None:
         for folder, reason in good.rejected:
@@ -77,10 +95,10 @@ def first_weights(
         engine.updates = state.updates
         say(f"resuming after step {state.step} from {good.folder}")
     else:
-        state = TrainState(run_id=on_main(peers, lambda: uuid.uuid4().hex))
+        state = TrainState(run_id=run_id)
         initial = _initial_weights(recipe)
-        for _, slot in engine.slots():
-            engine.fill(slot.name, initial(slot.name, slot.shape))
+        for name, shape in engine.shapes().items():
+            engine.fill(name, initial(name, shape))
     engine.publish()
     return state
 
@@ -136,7 +154,7 @@ class Batches:
 
 def save(
     recipe: Recipe,
-    engine: Zero1Engine,
+    engine: Engine,
     saver: Saver,
     tokenizer_folder: Path,
     state: TrainState,

@@ -18,11 +18,13 @@ import os
 import platform
 import re
 import sys
+import uuid
 from contextlib import ExitStack
 from importlib import metadata
 from pathlib import Path
 
 import ptm
+from ptm.checkpoint import manifest
 from ptm.checkpoint.folders import step_folders
 from ptm.common import env
 from ptm.common.errors import CheckpointError, RecipeError, StorageError, line
@@ -84,6 +86,7 @@ def _remove_if_unused(folder: Path) -> None:
         return
     with contextlib.suppress(OSError):
         (folder / "checkpoints").rmdir()
+        (folder / "run_id").unlink(missing_ok=True)
         (folder / ".lock").unlink()
         folder.rmdir()
 
@@ -96,6 +99,19 @@ def _refuse_another_run(recipe: Recipe, folder: Path) -> None:
             rule = f"the run in {folder} has {key}={before[key]}"
             remedy = "name another run.dir for another run"
             raise RecipeError(line(key, new, rule, remedy))
+
+
+def identify(folder: Path) -> str:
+    """The name of the run in `folder`, for ever; a new one where there is none. For rank 0."""
+    file = folder / "run_id"
+    if file.is_file():
+        return file.read_text().strip()
+    for _, step in step_folders(folder / "checkpoints"):
+        with contextlib.suppress(CheckpointError):
+            _write(file, manifest.read(step).run_id + "\n")
+            return identify(folder)
+    _write(file, uuid.uuid4().hex + "\n")
+    return identify(folder)
 
 
 def describe(recipe: Recipe, plan_text: str) -> None:

@@ -21,9 +21,9 @@ a schedule from a traced step: Angel-PTM, arXiv 2303.02868.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -92,10 +92,10 @@ class PagedEngine:
         dtype: torch.dtype,
         update: Update,
         clip: float,
-        make_store,
+        make_store: Callable[[PageMap, Layout, int], Store],
     ) -> None:
         """The model may be on the meta device; its parameters are replaced. zero: 1, 2 or 3.
-        make_store: PageMap, Layout -> Store."""
+        make_store(pages, layout, bytes of a weight in forward) -> Store."""
         self.model, self.mesh, self.config, self.clip = model, mesh, config, clip
         self.updates = 0
         self.layout: Layout = make_layout(
@@ -105,7 +105,7 @@ class PagedEngine:
             rank=mesh.rank,
         )
         self.pages = PageMap(self.layout.numel, config.page_bytes, format_of(dtype, config.moments))
-        self.store: Store = make_store(self.pages, self.layout)
+        self.store: Store = make_store(self.pages, self.layout, dtype.itemsize)
         self.states = PagedStates(self.store, self.pages, dtype)
         gathered = [
             Gathered(
@@ -192,6 +192,9 @@ class PagedEngine:
         bad = [name for (name, _), count in zip(found, counts.tolist()) if count]
         return f"{bad[0]} ({len(bad)} of {len(found)} parameters)" if bad else "the loss"
 
+    def commit(self, step: int, meta: dict[str, Any]) -> None:
+        """Nothing to do while no tier is a disk."""
+
     def report(self) -> dict[str, float]:
         """Bytes sent by kind of collective since the start."""
         return {
@@ -201,6 +204,7 @@ class PagedEngine:
 
     def close(self) -> None:
         self.updater.close()
+        self.store.close()
 
 
 def _replace(

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ptm.engine.budget import received_numel
 from ptm.engine.layout import Group, Slot
 from ptm.engine.states import PagedStates
 from ptm.engine.weights import Gathered
@@ -90,7 +91,7 @@ class Grads:
         return torch.empty(numel, dtype=self.dtype, device=self.mesh.device)
 
     def _room(self, units: Sequence[Gathered]) -> Tensor:
-        return self._buffer(max(sum(_received(g) for g in u.unit.groups) for u in units))
+        return self._buffer(max(sum(received_numel(g) for g in u.unit.groups) for u in units))
 
     def _hook(self, unit: Summing, group: Group, slot: Slot):
         @torch.no_grad()
@@ -149,8 +150,8 @@ class Grads:
         start = 0
         for group in unit.gathered.unit.groups:
             axis = self.mesh.dp if group.axis == "dp" else self.mesh.edp
-            part = None if room is None else room[start : start + _received(group)]
-            start += _received(group)
+            part = None if room is None else room[start : start + received_numel(group)]
+            start += received_numel(group)
             full = unit.gathered.part(group, unit.buffer)
             pending = scatter_sum(
                 full, group.cuts, axis.get_group(), self.mesh.ledger, buffer=part
@@ -213,8 +214,3 @@ class Grads:
                         count += int((~total.isfinite()).sum())
                 found.append((slot.name, count))
         return found
-
-
-def _received(group: Group) -> int:
-    """Elements that come to this rank when a group is summed."""
-    return (len(group.cuts) - 1) * group.shard_numel

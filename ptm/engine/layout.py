@@ -89,8 +89,8 @@ class Group:
 
     def owned(self, slot: Slot) -> tuple[int, int]:
         """This rank's part of a slot as a range of the flat group; empty where it has none."""
-        start, stop = max(slot.start, self.first), min(slot.stop, self.last)
-        return start, max(start, stop)
+        start = min(max(slot.start, self.first), slot.stop)
+        return start, max(start, min(slot.stop, self.last))
 
     def flat(self, position: int) -> int:
         """Position in the group -> position in the rank's flat space."""

@@ -35,6 +35,8 @@ class Store(Protocol):
 
     def release(self, page: int, *, dirty: bool = False) -> None: ...
 
+    def close(self) -> None: ...
+
 
 class Moments(NamedTuple):
     """A chunk's moments in fp32, views of a page or copies."""

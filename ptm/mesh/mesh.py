@@ -14,6 +14,7 @@ made for background work (saving), because collectives of two threads must never
 from __future__ import annotations
 
 import datetime
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ptm.common import env
 from ptm.common.errors import RecipeError, line
 from ptm.mesh.collectives import Ledger, all_reduce_sum
+from ptm.mesh.peers import lost
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,21 @@ class Mesh:
     def sum_counts(self, counts: Tensor) -> Tensor:
         """Sum of a small tensor of counters over the ranks; the argument is left alone."""
         return all_reduce_sum(counts.clone(), self.dp.get_group(), self.ledger)
+
+    def agreement(self, timeout_s: int) -> Callable[[int], None]:
+        """A function that returns when every rank has called it, for one thread that is not the
+        one that trains. All ranks make it together."""
+        if self.world == 1:
+            return lambda step: None
+        group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout_s))
+
+        def agree(step: int) -> None:
+            try:
+                dist.all_reduce(torch.tensor([step]), group=group)
+            except RuntimeError as error:
+                raise lost(error) from error
+
+        return agree
 
     def close(self) -> None:
         if dist.is_initialized():

@@ -1,6 +1,7 @@
 """Where the model meets the ranks: the one file that knows both.
 
     units_of          the model's blocks as units of an engine, and which parameters are experts
+    share_experts     dispatchers that reach the experts of other ranks
     materialize       buffers of a model on the meta device
 """
 
@@ -11,7 +12,9 @@ from torch import nn
 
 from ptm.engine.engine import UnitSpec
 from ptm.engine.layout import Named
+from ptm.mesh.mesh import Mesh
 from ptm.model.transformer import Transformer
+from ptm.parallel.expert import dispatcher_for
 
 
 def units_of(model: Transformer) -> list[UnitSpec]:
@@ -23,6 +26,13 @@ def units_of(model: Transformer) -> list[UnitSpec]:
         found[unit].append(Named(name, tuple(param.shape), ".experts." in name))
     modules = [("root", model.model.embed_tokens), *blocks]
     return [UnitSpec(name, module, found[name]) for name, module in modules]
+
+
+def share_experts(model: Transformer, mesh: Mesh, chunks: int) -> None:
+    """Have every layer send rows to the ranks of their experts. Raises RecipeError."""
+    dispatcher = dispatcher_for(mesh, model.config.num_experts, chunks)
+    for block in model.model.layers:
+        block.mlp.dispatcher = dispatcher
 
 
 def materialize_buffers(model: nn.Module, device: torch.device) -> None:

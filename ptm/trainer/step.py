@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ptm.engine.state import StateRows
 from ptm.trainer.objectives import Objective
 
 
@@ -39,25 +40,36 @@ class Engine(Protocol):
     model: nn.Module
     updates: int
 
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradients of `loss`, a sum over tokens, to this step's."""
+    def backward(self, loss: Tensor, *, is_last: bool) -> None:
+        """Add the gradients of `loss`, a sum over tokens, to this step's; is_last: its last."""
         ...
 
     def step(self, *, nll_sum: Tensor, tokens: Tensor, lr: float, flags: list[float]) -> Outcome:
         """Update the weights with the gradients since the last step, unless one is not finite."""
         ...
 
-    def state(self) -> dict[str, Tensor]:
-        """Live masters and moments by name, as DTensors; written in place by a load, then
-        `publish`."""
+    def state(self) -> dict[str, StateRows]:
+        """Live masters and moments by name; written in place by a load, then `publish`."""
         ...
 
     def publish(self) -> None:
         """Make the weights of forward and backward equal to the masters."""
         ...
 
+    def drain(self) -> None:
+        """Wait for updates that go on behind the next step's start."""
+        ...
+
+    def commit(self, step: int, meta: dict[str, Any]) -> None:
+        """Make this step one to come back to after a kill, where the engine keeps such."""
+        ...
+
     def report(self) -> dict[str, float]:
-        """Bytes sent by kind since the start."""
+        """Bytes sent by kind, and what the tiers did, since the start."""
+        ...
+
+    def close(self) -> None:
+        """End threads, and let go of memory and files."""
         ...
 
 
@@ -70,15 +82,14 @@ def train_step(
     flags: list[float],
     device: torch.device,
 ) -> Outcome:
-    """Run one step over this rank's micro-batches (none is allowed: the rank only takes part in the
-    update)."""
+    """Run one step over this rank's micro-batches: as many on every rank, some maybe without
+    rows."""
     nll_sum = torch.zeros((), dtype=torch.float64, device=device)
     tokens = torch.zeros((), dtype=torch.int64, device=device)
     engine.model.train()
-    for batch in batches:
+    for i, batch in enumerate(batches, start=1):
         loss = objective(engine.model, batch)
-        if loss.nll_sum.requires_grad:
-            engine.backward(loss.nll_sum)
+        engine.backward(loss.nll_sum, is_last=i == len(batches))
         nll_sum += loss.nll_sum.detach()
         tokens += loss.tokens
     return engine.step(nll_sum=nll_sum, tokens=tokens, lr=lr, flags=flags)

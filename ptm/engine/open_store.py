@@ -1,0 +1,158 @@
+"""The page store of one rank: sized by the recipe's budgets, on the run's own page file.
+
+    <ssd_path>/<run id>.n4e2/rank-00003.pages, .record-a, .record-b
+
+A page file belongs to a run and a layout (4 ranks, ep 2). When the ranks start again, each knows
+the last two steps that it committed; the newest step that all of them have is the one to go on
+from. Page files of another layout stay until this one has a commit: they can be read
+(ptm/engine/reshard.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ptm.engine.budget import Budget, make_budget
+from ptm.engine.config import EngineConfig
+from ptm.engine.eviction import POLICIES
+from ptm.engine.layout import Layout, PageMap
+from ptm.engine.record import Identity, RecordLog
+from ptm.engine.store import PageStore
+from ptm.engine.tier import SsdTier
+from ptm.mesh.mesh import Mesh
+from ptm.mesh.peers import Peers
+
+
+class StoreOpener:
+    """Made with what is known before the layout; called once with it by the engine.
+
+    Raises PlanError, StorageError, CheckpointError on all ranks alike.
+    """
+
+    restored: tuple[int, dict[str, Any]] | None = None
+    "The committed step that the pages hold now, and its meta; None for pages of zeros."
+    budget: Budget
+
+    def __init__(
+        self, config: EngineConfig, mesh: Mesh, peers: Peers, *, zero: int, run_id: str
+    ) -> None:
+        self.config, self.mesh, self.peers = config, mesh, peers
+        self.zero, self.run_id = zero, run_id
+
+    def __call__(self, pages: PageMap, layout: Layout, compute_bytes: int) -> PageStore:
+        config = self.config
+        self.budget = make_budget(
+            config,
+            layout,
+            pages,
+            zero=self.zero,
+            compute_bytes=compute_bytes,
+            world=self.mesh.world,
+        )
+        describe = describer(pages, layout)
+        ssd, step = None, None
+        if config.ssd_path is not None:
+            ssd, step = self._open_file(config.ssd_path, self._identity(pages, layout))
+        store = PageStore(
+            num_pages=pages.num_pages,
+            page_bytes=pages.page_bytes,
+            num_frames=self.budget.num_frames,
+            durable=pages.durable,
+            ssd=ssd,
+            policy=POLICIES[config.policy](),
+            pin=self.mesh.device.type == "cuda",
+            describe=describe,
+            agree=self.mesh.agreement(config.timeout_s) if ssd is not None else None,
+        )
+        if step is not None:
+            self.restored = next((s, meta) for s, meta in store.records() if s == step)
+            store.restore(step)
+        return store
+
+    def _identity(self, pages: PageMap, layout: Layout) -> Identity:
+        return Identity(
+            run_id=folder_name(self.run_id, self.mesh.world, self.config.ep),
+            world=self.mesh.world,
+            rank=self.mesh.rank,
+            ep=self.config.ep,
+            page_bytes=pages.page_bytes,
+            num_pages=pages.num_pages,
+            durable_start=0,
+            durable_stop=len(pages.durable),
+            layout=fingerprint(pages, layout),
+        )
+
+    def _open_file(self, ssd_path: str, identity: Identity) -> tuple[SsdTier, int | None]:
+        """This rank's page file, and the step to restore from it."""
+        steps = self.peers.together(lambda: committed_steps(ssd_path, identity))
+        common = set(steps[0]).intersection(*steps[1:])
+        opened: list[SsdTier] = []
+
+        def open_one() -> None:
+            if common:
+                opened.append(SsdTier.open_existing(ssd_path, identity))
+            else:
+                opened.append(SsdTier.create(ssd_path, identity, replace=True))
+
+        self.peers.together(open_one)
+        return opened[0], max(common, default=None)
+
+    def forget_other_layouts(self) -> None:
+        """Remove page files of this run that other layouts left; for rank 0, after a commit."""
+        if self.config.ssd_path is None:
+            return
+        mine = folder_name(self.run_id, self.mesh.world, self.config.ep)
+        for folder in Path(self.config.ssd_path).glob(f"{self.run_id}.n*e*"):
+            if folder.name != mine:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def folder_name(run_id: str, world: int, ep: int) -> str:
+    return f"{run_id}.n{world}e{ep}"
+
+
+def committed_steps(ssd_path: str, identity: Identity) -> list[int]:
+    """Steps that this rank's page file can be restored to. Raises CheckpointError where the file
+    is of another model, page size or format."""
+    log = RecordLog(ssd_path, run_id=identity.run_id, rank=identity.rank)
+    records = log.read()
+    for record in records:
+        refuse_another(record.identity, identity, identity.file(ssd_path, "pages"))
+    return [record.step for record in records]
+
+
+def fingerprint(pages: PageMap, layout: Layout) -> str:
+    """Equal for equal contents of every page, whatever made them."""
+    what = [
+        [slot.name, slot.whole_shape, group.cuts, group.base, slot.start]
+        for group, slot in layout.slots()
+    ]
+    fmt = pages.format
+    text = json.dumps([what, fmt.weight_bytes, fmt.is_split, fmt.is_int8])
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def describer(pages: PageMap, layout: Layout) -> Callable[[int], str]:
+    """Page -> what lies in it, for people: its kind and the tensors it holds parts of."""
+
+    def describe(page: int) -> str:
+        kind = next(
+            k for k in (pages.weights, pages.states, pages.grads) if page < k.first + k.count
+        )
+        start = (page - kind.first) * kind.per_page
+        stop = start + kind.per_page
+        names = []
+        for group, slot in layout.slots():
+            first, last = (group.flat(p) for p in group.owned(slot))
+            if first < stop and start < last:
+                names.append(slot.name)
+        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        return f"{kind.name} of {shown}"
+
+    return describe
+
