@@ -34,7 +34,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ptm.common.errors import RecipeError, line
 from ptm.kernels.grouped_gemm import backward_groups, forward_groups
@@ -44,7 +44,6 @@ from ptm.mesh.mesh import Mesh
 from ptm.model.dispatch import Dispatcher, LocalDispatcher
 from ptm.model.experts import Experts
 from ptm.model.router import Routing
-from ptm.model.transformer import Transformer
 
 
 def dispatcher_for(mesh: Mesh, num_experts: int, chunks: int = 1) -> Dispatcher:
@@ -68,23 +67,6 @@ def check_experts(ep: int, num_experts: int) -> None:
         fits = [n for n in range(1, num_experts + 1) if num_experts % n == 0]
         rule = f"must divide model.num_experts={num_experts}"
         raise RecipeError(line("engine.ep", ep, rule, f"give one of {fits}"))
-
-
-def share_out_experts(model: Transformer, mesh: Mesh, chunks: int = 1) -> None:
-    """Cut every layer's stacked experts to this rank's, on any device, and swap the dispatchers.
-
-    Names of parameters stay; their first dim becomes num_experts / ep.
-    """
-    num_experts = model.config.num_experts
-    dispatcher = dispatcher_for(mesh, num_experts, chunks)
-    mine = local_experts(mesh, num_experts)
-    for module in model.modules():
-        if isinstance(module, Experts) and mesh.ep.size() > 1:
-            for name, whole in list(module.named_parameters(recurse=False)):
-                part = whole.detach()[mine].clone()
-                setattr(module, name, nn.Parameter(part, requires_grad=whole.requires_grad))
-    for block in model.model.layers:
-        block.mlp.dispatcher = dispatcher
 
 
 def local_experts(mesh: Mesh, num_experts: int) -> slice:
@@ -130,7 +112,7 @@ class Wire:
         self.ranges = [slice(start, stop) for start, stop in zip(cuts, cuts[1:])]
         grid = torch.arange(num_experts).view(self.num_ranks, local)
         by_piece = torch.cat([grid[:, span].flatten() for span in self.ranges])
-        self.order_E = by_piece.argsort()
+        self.order_E = by_piece.argsort().to(mesh.device)
         "Place of each expert in a rank's rows: by piece, then rank, then local expert."
 
     def plan(self, routing: Routing) -> Trip:
@@ -141,7 +123,6 @@ class Wire:
         received_NE, pending = all_to_all(
             sent_NE, ones, ones, self.group, self.ledger, name="all_to_all_counts"
         )
-        self.order_E = self.order_E.to(device)
         ids = self.order_E[routing.ids_TA].flatten()
         place = torch.empty_like(ids)
         place[ids.argsort(stable=True)] = torch.arange(ids.numel(), device=device)
