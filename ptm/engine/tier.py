@@ -24,7 +24,7 @@ import xxhash
 
 from ptm.common.errors import CheckpointError, PlanError, line
 from ptm.common.units import format_bytes
-from ptm.engine.disk import File, FolderLock, check_disk, disk_errors, sync_folder
+from ptm.engine.disk import File, FolderLock, check_disk, disk_errors, path_line, sync_folder
 from ptm.engine.record import Identity, RecordLog, refuse_another
 
 IO_THREADS = 4
@@ -45,8 +45,9 @@ class Frames:
         self.arena = torch.frombuffer(arena, dtype=torch.uint8)[:num_bytes]
         self.is_pinned = pin
         if pin:
-            assert torch.cuda.is_available(), "page-locked frames need CUDA"
-            code = torch.cuda.cudart().cudaHostRegister(self.arena.data_ptr(), num_bytes, 0)
+            cuda = torch.cuda.cudart() if torch.cuda.is_available() else None
+            assert cuda is not None, "page-locked frames need CUDA"
+            code = cuda.cudaHostRegister(self.arena.data_ptr(), num_bytes, 0)
             assert int(code) == 0, f"cudaHostRegister({format_bytes(num_bytes)}) gave {code}"
         self.tensors = list(self.arena.split(page_bytes)) if num_frames else []
         whole = memoryview(arena)
@@ -56,7 +57,9 @@ class Frames:
     def close(self) -> None:
         """Give the memory back once no tensor of it is left."""
         if self.is_pinned:
-            torch.cuda.cudart().cudaHostUnregister(self.arena.data_ptr())
+            cuda = torch.cuda.cudart()
+            assert cuda is not None
+            cuda.cudaHostUnregister(self.arena.data_ptr())
             self.is_pinned = False
         self.tensors, self.views = [], []
 
@@ -181,7 +184,7 @@ class SsdTier:
             if steps and not replace:
                 rule = f"holds step {max(steps)} of run {identity.run_id}, which would be lost"
                 remedy = "resume it, or delete the folder"
-                raise CheckpointError(line("engine.ssd_path", path.parent, rule, remedy))
+                raise CheckpointError(path_line(path.parent, rule, remedy))
             tier.log.drop_after(-1)
             with disk_errors(path, "allocated"):
                 tier._file.allocate(needed)
@@ -208,12 +211,10 @@ class SsdTier:
         if not records or not path.exists():
             rule = "; ".join(["holds no committed step", *log.damaged])
             remedy = "resume from a checkpoint folder, or start anew"
-            raise CheckpointError(line("engine.ssd_path", path, rule, remedy))
+            raise CheckpointError(path_line(path, rule, remedy))
         if (size := path.stat().st_size) != identity.file_bytes:
             rule = f"is {size} bytes long, its record says {identity.file_bytes}"
-            raise CheckpointError(
-                line("engine.ssd_path", path, rule, "resume from a checkpoint folder")
-            )
+            raise CheckpointError(path_line(path, rule, "resume from a checkpoint folder"))
         return cls(ssd_path, identity, **options)
 
     def read(self, page: int, slot: int, into: memoryview, digest: int | None) -> None:
@@ -256,7 +257,7 @@ class SsdTier:
 def damaged_page(path: Path, page: int, offset: int, what: str) -> CheckpointError:
     rule = f"page {page} at byte {offset} ({what}) is not what was written"
     remedy = "look at the disk, and resume from a checkpoint folder"
-    return CheckpointError(line("engine.ssd_path", path, rule, remedy))
+    return CheckpointError(path_line(path, rule, remedy))
 
 
 class Probe(NamedTuple):
@@ -321,5 +322,3 @@ def _rate(
     if finish:
         finish()
     return sum(counts) * frames.page_bytes / (time.perf_counter() - start)
-
-
