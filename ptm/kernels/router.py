@@ -15,6 +15,8 @@ chosen scores carry a gradient, so only their A rows of the attention are comput
     d v_j = sum_i g_i p_ij,   d s_ij = g_i p_ij (v_j - r_i),   d q_i = sum_j d s_ij k_j,   d k_j =
     sum_i d s_ij q_i
 
+A balance loss is a function of all scores; then all rows are computed again, one pass per key.
+
 All of it is fp32: near-ties are common (a fifth of tokens with random weights) and bf16 noise would
 flip experts.
 """
@@ -57,41 +59,77 @@ def attention_router_reference(q_TE: Tensor, k_TE: Tensor, v_TE: Tensor, num_act
     return Chosen(scores.gather(1, ids).softmax(-1), ids, scores)
 
 
-def attention_router(q_TE: Tensor, k_TE: Tensor, v_TE: Tensor, num_active: int) -> Chosen:
-    """Choose experts. Shapes: q, k, v (T, E) fp32. Gradients flow through the weights only."""
-    return Chosen(*_AttentionRouter.apply(q_TE, k_TE, v_TE, num_active))  # type: ignore[misc]
+def attention_router(
+    q_TE: Tensor, k_TE: Tensor, v_TE: Tensor, num_active: int, bias_E: Tensor | None = None
+) -> Chosen:
+    """Choose experts. Shapes: q, k, v (T, E) fp32. Gradients flow through weights and scores.
+
+    bias_E is added to the scores for the choice alone; weights and scores are without it.
+    """
+    return Chosen(*_AttentionRouter.apply(q_TE, k_TE, v_TE, num_active, bias_E))  # type: ignore[misc]
 
 
 class _AttentionRouter(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, num_active: int):
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, num_active: int, bias: Tensor | None):
         scores = _scores(q, k, v)
-        ids = top_experts(scores, num_active)
+        ids = top_experts(scores if bias is None else scores + bias, num_active)
         weights = scores.gather(1, ids).softmax(-1)
         ctx.save_for_backward(q, k, v, scores, ids, weights)
-        ctx.mark_non_differentiable(ids, scores)
+        ctx.mark_non_differentiable(ids)
+        ctx.set_materialize_grads(False)
         return weights, ids, scores
 
     @staticmethod
-    def backward(ctx, grad: Tensor, *_):  # type: ignore[override]
+    def backward(ctx, grad: Tensor | None, _: None, grad_scores: Tensor | None):  # type: ignore[override]
         q, k, v, scores, ids, weights = ctx.saved_tensors
-        g_TA1 = (weights * (grad - (grad * weights).sum(-1, keepdim=True))).unsqueeze(2)
+        g_TA = torch.zeros_like(weights)
+        if grad is not None:
+            g_TA = weights * (grad - (grad * weights).sum(-1, keepdim=True))
+        if grad_scores is not None:
+            by_qkv = _scores_backward(grad_scores.scatter_add(1, ids, g_TA), q, k, v, scores)
+            return *by_qkv, None, None
+        g_TA1 = g_TA.unsqueeze(2)
         q_TA1, r_TA1 = q.gather(1, ids).unsqueeze(2), scores.gather(1, ids).unsqueeze(2)
         p_TAE = torch.softmax(q_TA1 * k.unsqueeze(1), dim=-1).mul_(g_TA1)
         grad_v = p_TAE.sum(1)
         s_TAE = p_TAE.mul_(v.unsqueeze(1) - r_TA1)
         grad_k = (s_TAE * q_TA1).sum(1)
         grad_q = torch.zeros_like(q).scatter_(1, ids, (s_TAE * k.unsqueeze(1)).sum(-1))
-        return grad_q, grad_k, grad_v, None
+        return grad_q, grad_k, grad_v, None, None
 
 
 def _scores(q_TE: Tensor, k_TE: Tensor, v_TE: Tensor) -> Tensor:
     q, k, v = (x.t().contiguous() for x in (q_TE, k_TE, v_TE))
-    # The largest q_i k_j over j is at the largest or the smallest key, by the sign of q_i.
-    offset = torch.maximum(q * k.amax(0), q * k.amin(0)).neg_()
+    offset = _offset(q, k)
     total, mixed, part = torch.zeros_like(q), torch.zeros_like(q), torch.empty_like(q)
     for key, value in zip(k, v):
         torch.addcmul(offset, q, key, out=part).exp_()
         total += part
         mixed.addcmul_(part, value)
     return (mixed / total).t().contiguous()
+
+
+def _offset(q_ET: Tensor, k_ET: Tensor) -> Tensor:
+    # The largest q_i k_j over j is at the largest or the smallest key, by the sign of q_i.
+    return torch.maximum(q_ET * k_ET.amax(0), q_ET * k_ET.amin(0)).neg_()
+
+
+def _scores_backward(
+    g_TE: Tensor, q_TE: Tensor, k_TE: Tensor, v_TE: Tensor, r_TE: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v where each score has one."""
+    g, q, k, v, r = (x.t().contiguous() for x in (g_TE, q_TE, k_TE, v_TE, r_TE))
+    offset = _offset(q, k)
+    total = torch.zeros_like(q)
+    for key in k:
+        total += torch.addcmul(offset, q, key).exp_()
+    g = g / total
+    grad_q, grad_k, grad_v = (torch.zeros_like(x) for x in (q, k, v))
+    for j, (key, value) in enumerate(zip(k, v)):
+        weighted = torch.addcmul(offset, q, key).exp_().mul_(g)
+        grad_v[j] = weighted.sum(0)
+        by_product = weighted.mul_(value - r)
+        grad_k[j] = (by_product * q).sum(0)
+        grad_q.addcmul_(by_product, key)
+    return grad_q.t(), grad_k.t(), grad_v.t()

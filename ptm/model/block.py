@@ -8,7 +8,7 @@ from ptm.model.attention import Attention
 from ptm.model.cache import LayerCache
 from ptm.model.config import ModelConfig
 from ptm.model.context import Context
-from ptm.model.moe import MixtureOfExperts
+from ptm.model.moe import Mixed, MixtureOfExperts
 from ptm.model.norm import RMSNorm
 
 
@@ -21,13 +21,17 @@ class Block(nn.Module):
         self.mlp = MixtureOfExperts(config)
 
     def forward(
-        self, x_BLD: Tensor, context: Context, cache: LayerCache | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Returns the new rows (B, L, D) and the rows each expert got (E,).
+        self,
+        x_BLD: Tensor,
+        context: Context,
+        cache: LayerCache | None = None,
+        router_bias_E: Tensor | None = None,
+    ) -> Mixed:
+        """The new rows (B, L, D), with the counts and the balance loss of the experts.
 
-        The counts are returned, not stored, so that a block run again in the backward counts
-        nothing twice.
+        These are returned, not stored, so that a block run again in the backward counts nothing
+        twice.
         """
         x_BLD = x_BLD + self.self_attn(self.input_layernorm(x_BLD), context, cache)
-        y_BLD, counts_E = self.mlp(self.post_attention_layernorm(x_BLD), context.real_BL)
-        return x_BLD + y_BLD, counts_E
+        mixed = self.mlp(self.post_attention_layernorm(x_BLD), context.real_BL, router_bias_E)
+        return mixed._replace(y_BLD=x_BLD + mixed.y_BLD)

@@ -62,6 +62,12 @@ class ModelConfig:
     "Hidden width of one expert."
     router: RouterKind = RouterKind.attention
     "What picks experts: attention (Yuan2.0-M32), linear (classical), shared_expert (DeepSeekMoE)."
+    router_aux_loss_coef: float = ranged(0.0, least=0.0)
+    """Weight of the balance loss of the experts, per layer num_experts_per_tok when even and scaled
+    as Hugging Face's; 0 is none."""
+    router_bias_update_rate: float = ranged(0.0, least=0.0)
+    """How far each step moves the bias by which experts with few rows are preferred, without a
+    loss (arXiv 2408.15664); 0.001 there; 0 is no bias."""
     rms_norm_eps: float = ranged(1e-6, above=0.0)
     "Added to the mean square in every RMSNorm but that of the localized filter, which keeps 1e-6."
     rope_theta: float = ranged(10_000.0, above=1.0)

@@ -21,19 +21,30 @@ from ptm.kernels.loss import IGNORED, linear_cross_entropy
 from ptm.model import generate
 from ptm.model.block import Block
 from ptm.model.cache import Cache
-from ptm.model.config import ModelConfig
+from ptm.model.config import ModelConfig, RouterKind
 from ptm.model.context import Context, make_context
 from ptm.model.embedding import Embedding
 from ptm.model.init import new_weight
 from ptm.model.norm import RMSNorm
+from ptm.model.router import moved_bias
 
 
 class Loss(NamedTuple):
-    """Sum over the tokens that count, and their number: add both up over micro-batches and ranks,
-    then divide."""
+    """Sums over the tokens that count, and their number: add each up over micro-batches and ranks,
+    then divide.
+
+    aux_sum: what is minimised besides, tokens x coefficient x mean over layers of `balance_loss`;
+    divided by all tokens, the mean of the micro-batches' balance losses by their tokens.
+    """
 
     nll_sum: Tensor
     tokens: Tensor
+    aux_sum: Tensor | None = None
+
+    @property
+    def total(self) -> Tensor:
+        """What the backward starts from."""
+        return self.nll_sum if self.aux_sum is None else self.nll_sum + self.aux_sum
 
 
 class Decoder(nn.Module):
@@ -54,6 +65,8 @@ class Transformer(nn.Module):
     """
 
     expert_counts: Tensor
+    router_bias: Tensor | None
+    "(layers, E) fp32, part of a checkpoint; None unless the model has such a bias."
 
     def __init__(
         self,
@@ -75,6 +88,10 @@ class Transformer(nn.Module):
             config.num_hidden_layers, config.num_experts, dtype=torch.int64, device=device
         )
         self.register_buffer("expert_counts", counts, persistent=False)
+        bias = None
+        if config.router_bias_update_rate > 0:
+            bias = torch.zeros(counts.shape, dtype=torch.float32, device=device)
+        self.register_buffer("router_bias", bias)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
@@ -110,12 +127,23 @@ class Transformer(nn.Module):
 
     def run(self, input_ids_BL: Tensor, context: Context, cache: Cache | None = None) -> Tensor:
         """`hidden` under a context made elsewhere."""
+        return self._run(input_ids_BL, context, cache)[0]
+
+    def _run(
+        self, input_ids_BL: Tensor, context: Context, cache: Cache | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Rows after the final norm, and the mean over layers of their balance losses, if any."""
         x_BLD = self.model.embed_tokens(input_ids_BL)
+        losses = []
         for i, block in enumerate(self.model.layers):
-            x_BLD, counts_E = block(x_BLD, context, None if cache is None else cache.layers[i])
+            layer_cache = None if cache is None else cache.layers[i]
+            bias_E = None if self.router_bias is None else self.router_bias[i]
+            x_BLD, counts_E, imbalance = block(x_BLD, context, layer_cache, bias_E)
             if self.training:
                 self.expert_counts[i] += counts_E
-        return self.model.norm(x_BLD)
+            if imbalance is not None:
+                losses.append(imbalance)
+        return self.model.norm(x_BLD), torch.stack(losses).mean() if losses else None
 
     def forward(
         self,
@@ -134,10 +162,19 @@ class Transformer(nn.Module):
     def loss(self, batch: Any) -> Loss:
         """Cross entropy of a Batch: (B, L) input_ids, labels (already shifted), loss_mask,
         position_ids, document_ids."""
-        x_BLD = self.hidden(batch.input_ids, batch.position_ids, batch.document_ids)
+        context = make_context(
+            self.config,
+            batch.input_ids,
+            position_ids_BL=batch.position_ids,
+            document_ids_BL=batch.document_ids,
+        )
+        x_BLD, imbalance = self._run(batch.input_ids, context)
         labels_T = batch.labels.masked_fill(~batch.loss_mask, IGNORED).flatten()
         nll_sum = linear_cross_entropy(x_BLD.flatten(0, 1), self.head_weight, labels_T)
-        return Loss(nll_sum, batch.loss_mask.sum())
+        tokens = batch.loss_mask.sum()
+        if imbalance is None:
+            return Loss(nll_sum, tokens)
+        return Loss(nll_sum, tokens, tokens * imbalance * self.config.router_aux_loss_coef)
 
     def take_expert_counts(self) -> Tensor:
         """Rows of real tokens routed since the last call, (layers, E) int64; starts again from
@@ -145,6 +182,17 @@ class Transformer(nn.Module):
         counts = self.expert_counts.clone()
         self.expert_counts.zero_()
         return counts
+
+    @torch.no_grad()
+    def update_router_bias(self, counts_LE: Tensor) -> None:
+        """After each step, with its `take_expert_counts` summed over ranks: move the routers' bias
+        towards even loads. Nothing where there is no bias."""
+        if self.router_bias is not None:
+            config = self.config
+            is_shared = config.router is RouterKind.shared_expert
+            num_shared = config.num_shared_experts if is_shared else 0
+            rate = config.router_bias_update_rate
+            self.router_bias.copy_(moved_bias(self.router_bias, counts_LE, rate, num_shared))
 
     def new_cache(self) -> Cache:
         return Cache(self.config.num_hidden_layers)

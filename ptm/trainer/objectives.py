@@ -15,12 +15,18 @@ from torch import Tensor, nn
 
 
 class Loss(Protocol):
-    """nll_sum: scalar fp32 with a graph; tokens: scalar int64, how many it sums over."""
+    """nll_sum: scalar fp32, reported as the loss; tokens: scalar int64, how many it sums over;
+    aux_sum: scalar of a loss beside it, summed over the same tokens, None without; total: both,
+    with a graph, what the backward starts from."""
 
     @property
     def nll_sum(self) -> Tensor: ...
     @property
     def tokens(self) -> Tensor: ...
+    @property
+    def aux_sum(self) -> Tensor | None: ...
+    @property
+    def total(self) -> Tensor: ...
 
 
 Objective = Callable[[nn.Module, Any], Loss]
@@ -31,7 +37,8 @@ class ObjectiveKind(str, Enum):
 
 
 def pretrain(model: nn.Module, batch: Any) -> Loss:
-    """Negative log-likelihood of every label that the batch does not mask."""
+    """Negative log-likelihood of every label that the batch does not mask; beside it, the balance
+    loss of the experts where model.router_aux_loss_coef asks for one."""
     return model.loss(batch)  # type: ignore[operator]
 
 

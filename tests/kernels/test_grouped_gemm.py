@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from ptm.kernels import grouped_gemm
 from ptm.kernels.grouped_gemm import experts_reference, swiglu_experts
 from ptm.kernels.permute import ALIGN, aligned, combine, grouped_rows, permute, slots
 from tests.support.compare import TOLERANCE, assert_same_maths, distance, random
@@ -107,3 +108,22 @@ def test_torch_grouped_gemm_agrees_with_the_loop():
     found = F.grouped_mm(x, w1.transpose(1, 2), offs=offsets)[:n]
     parts = [F.linear(r, w) for r, w in zip(x[:n].split(counts.tolist()), w1)]
     assert distance(found, torch.cat(parts)) <= TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS.keys())
+def test_the_backward_by_torch_grouped_gemm_agrees_with_the_loop(counts):
+    """What CUDA runs where experts are a step of autograd themselves; here on the CPU."""
+    E, D, H = len(counts), 16, 24
+    x, w1, w2 = grouped(counts, D, torch.float32).detach(), random(E, 2 * H, D), random(E, D, H)
+    w1, w2 = w1.detach(), w2.detach()
+    ends = aligned(torch.tensor(counts)).cumsum(0).tolist()
+    x = x[: ends[-1]]
+    grad = (x != 0) * random(*x.shape, seed=3, grad=False)
+    y, hidden = grouped_gemm.forward_groups(x, w1, w2, ends)
+    wanted = [y, torch.empty_like(w1), torch.empty_like(w2)]
+    wanted.append(grouped_gemm.backward_groups(grad, x, w1, w2, hidden, ends, into=wanted[1:3]))
+    y, hidden = grouped_gemm._grouped_forward(x, w1, w2, ends)
+    found = [y, torch.zeros_like(w1), torch.zeros_like(w2)]
+    found.append(grouped_gemm._grouped_backward(grad, x, w1, w2, hidden, ends, found[1:3]))
+    for a, b in zip(found, wanted):
+        assert distance(a, b) <= TOLERANCE[torch.float32]

@@ -42,6 +42,36 @@ def test_weights_and_gradients_agree_with_autograd(T, E, A, dtype):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("with_weights", [True, False])
+@pytest.mark.parametrize(("T", "E", "A"), [(0, 4, 2), (1, 1, 1), (50, 32, 2), (7, 5, 5)])
+def test_gradients_through_all_scores_agree_with_autograd(T, E, A, with_weights, dtype):
+    qkv = [(random(T, E, dtype=dtype, seed=i, grad=False) / 2).requires_grad_() for i in range(3)]
+
+    def results(router):
+        def found(*qkv):
+            chosen = router(*qkv, A)
+            return torch.cat([chosen.weights_TA * with_weights, chosen.scores_TE], dim=1)
+
+        return found
+
+    assert_same_maths(
+        results(attention_router),
+        results(attention_router_reference),
+        qkv,
+        grad=random(T, A + E, dtype=dtype, seed=7, grad=False),
+    )
+
+
+def test_a_bias_changes_the_choice_and_not_the_weights():
+    q, k, v = (random(40, 8, dtype=torch.float64, seed=i) for i in range(3))
+    bias = torch.tensor([0.0, 0.0, 5.0, 0.0, 0.0, 0.0, 0.0, -5.0])
+    plain, biased = attention_router(q, k, v, 2), attention_router(q, k, v, 2, bias)
+    assert torch.equal(biased.scores_TE, plain.scores_TE)
+    assert (biased.ids_TA[:, 0] == 2).all() and (biased.ids_TA != 7).all()
+    assert torch.equal(biased.weights_TA, plain.scores_TE.gather(1, biased.ids_TA).softmax(-1))
+
+
 def test_large_products_do_not_overflow():
     q, k, v = (random(16, 8, seed=i, grad=False) * 1e4 for i in range(3))
     chosen = attention_router(q, k, v, 2)

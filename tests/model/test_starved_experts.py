@@ -65,7 +65,7 @@ def test_a_batch_of_filler_only():
 def test_the_layer_is_a_dense_sum_over_experts(dtype):
     layer = tiny_model(dtype=dtype).model.layers[0].mlp
     x = random(2, 33, 32, dtype=dtype)
-    y, counts = layer(x)
+    y, counts, _ = layer(x)
     routing = layer.gate(x.flatten(0, 1))
     weights = torch.zeros(66, 32, dtype=dtype).scatter(1, routing.ids_TA, routing.weights_TA)
     gate, up = torch.einsum("td,egd->teg", x.flatten(0, 1), layer.experts.w1).chunk(2, dim=-1)
