@@ -234,16 +234,32 @@ def plain(value: Any) -> Any:
     return plain(value.tolist()) if hasattr(value, "tolist") else str(value)
 
 
-def expert_load(counts_LE: Any) -> dict[str, dict[str, Any]]:
+def expert_load(counts_LE: Any, *, ep: int = 1) -> dict[str, dict[str, Any]]:
     """Per layer: each expert's share of the rows, and how even the shares are.
 
     Shapes: counts_LE (layers, E) integers, a tensor, array or lists. Entropy is in nats over
     log(E): 1 is even, 0 is one expert for all. `max_over_mean` is the busiest expert over the
     average; `dead` counts experts without a row. A layer that routed no row has shares, entropy and
     max_over_mean of 0, and all experts dead.
+
+    With experts on `ep` ranks, E / ep on each, also how even the work of those ranks is:
+    `rank_share` of the rows, and `rank_max_over_mean`, the time of the layer's experts over what it
+    would be with even loads.
     """
     rows = counts_LE.tolist() if hasattr(counts_LE, "tolist") else counts_LE
-    return {str(layer): _load_of(counts_E) for layer, counts_E in enumerate(rows)}
+    return {
+        str(layer): _load_of(counts_E) | (_rank_load_of(counts_E, ep) if ep > 1 else {})
+        for layer, counts_E in enumerate(rows)
+    }
+
+
+def _rank_load_of(counts_E: list[int], ep: int) -> dict[str, Any]:
+    total, local = sum(counts_E), len(counts_E) // ep
+    share = [sum(counts_E[r * local : (r + 1) * local]) / max(total, 1) for r in range(ep)]
+    return {
+        "rank_share": [round(part, 5) for part in share],
+        "rank_max_over_mean": round(max(share) * ep, 4),
+    }
 
 
 def _load_of(counts_E: list[int]) -> dict[str, Any]:

@@ -132,6 +132,13 @@ def test_expert_load(counts: list[int], entropy: float, max_over_mean: float, de
     assert sum(load["share"]) == pytest.approx(1.0 if sum(counts) else 0.0)
 
 
+def test_expert_load_of_ranks() -> None:
+    load = expert_load([[3, 1, 0, 0], [0, 0, 0, 0], [1, 2, 2, 1]], ep=2)
+    assert [load[layer]["rank_share"] for layer in load] == [[1.0, 0.0], [0.0, 0.0], [0.5, 0.5]]
+    assert [load[layer]["rank_max_over_mean"] for layer in load] == [2.0, 0.0, 1.0]
+    assert "rank_share" not in expert_load([[3, 1, 0, 0]])["0"]
+
+
 def test_step_line() -> None:
     assert step_line(120, 2000, RECORD, "00:12:03") == (
         "step 120/2000 loss 5.1234 gnorm 0.41 lr 3.0e-04 tok/s 8,412 mfu 21.2% mem 1.3G "
