@@ -79,13 +79,15 @@ class NextUse:
     def __init__(self) -> None:
         self._past = Lru()
         self._uses: Uses | None = None
-        self._steps = self._latest = 0
+        self._steps, self._latest = 0, -1
         self._due: dict[int, int] = {}
         self._farthest: list[tuple[int, int]] = []
+        # Pages that came to the top while they could not leave: held, or no longer in a frame.
+        self._aside: dict[int, None] = {}
 
     def follow(self, uses: Uses) -> None:
         count = uses.num_positions
-        self._uses, self._steps, self._latest = uses, 0, 0
+        self._uses, self._steps, self._latest = uses, 0, -1
         self._due = {page: uses.next_use(page, count - 1) - count for page in self._past.pages}
         self._order_again()
 
@@ -99,24 +101,25 @@ class NextUse:
         if self._uses is None:
             return self._past.victim(able, position)
         assert able, "no page can leave: all are held"
-        now, held, chosen = self._now(position), [], None
+        now, chosen = self._now(position), None
+        for page in [page for page in self._aside if page in able]:
+            del self._aside[page]
+            heapq.heappush(self._farthest, (-self._due[page], page))
         while self._farthest and chosen is None:
-            due, page = -self._farthest[0][0], self._farthest[0][1]
-            if self._due.get(page) != due:
-                heapq.heappop(self._farthest)
-            elif page not in able:
-                held.append(heapq.heappop(self._farthest))
-            elif due <= now:
+            due, page = heapq.heappop(self._farthest)
+            if self._due.get(page) != -due:
+                continue
+            if page not in able:
+                self._aside[page] = None
+            elif -due <= now:
                 # Its use went by unseen (a step that was cut short): look for the next.
-                heapq.heappop(self._farthest)
                 self._place(page, position)
             else:
-                chosen = heapq.heappop(self._farthest)[1]
-        for entry in held:
-            heapq.heappush(self._farthest, entry)
+                chosen = page
         if chosen is None:
             uses = self._uses
             chosen = max(able, key=lambda page: (uses.next_use(page, position), -page))
+        self._due.pop(chosen, None)
         return chosen
 
     def _place(self, page: int, position: int) -> None:
@@ -124,6 +127,7 @@ class NextUse:
         now = self._now(position)
         due = now - position + self._uses.next_use(page, position)
         self._due[page] = due
+        self._aside.pop(page, None)
         heapq.heappush(self._farthest, (-due, page))
         if len(self._farthest) > 4 * len(self._due) + 64:
             self._order_again()
@@ -132,6 +136,7 @@ class NextUse:
         # Entries that are no longer true would pile up where nothing is ever evicted.
         self._farthest = [(-due, page) for page, due in self._due.items()]
         heapq.heapify(self._farthest)
+        self._aside.clear()
 
     def _now(self, position: int) -> int:
         """`position` counted on through all steps."""

@@ -13,12 +13,15 @@ as it is posed on the circle, its solution fits every step alike.
 2. `pair`: frames become free in one order and are needed in another; each fetch takes the frame
    that has been free longest, so that it may start as early as memory allows. A page that comes
    back before its frame was taken needs no fetch.
+
+Pages of scratch (gradient sums) hold nothing from their last use in a step to their first in the
+next: they are never kept over its end, leave unwritten, and come back as zeros instead of read.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import NamedTuple
 
 from ptm.engine.config import PolicyKind
@@ -28,7 +31,8 @@ from ptm.engine.trace import Trace
 
 class Move(NamedTuple):
     """A fetch and the eviction that frees its frame. `at` is in the step, `needed_at` after it:
-    from num_positions on it means the next step. `last_use` is of the page that leaves."""
+    from num_positions on it means the next step. `last_use` is of the page that leaves; `is_dirty`
+    when it has to be written; `is_read` unless the page that comes is zeros."""
 
     at: int
     page: int
@@ -36,44 +40,64 @@ class Move(NamedTuple):
     evicts: int
     last_use: int
     is_dirty: bool
+    is_read: bool
 
 
-def kept_gaps(trace: Trace, *, policy: PolicyKind, capacity: int, num_held: int) -> list[bool]:
+class Flush(NamedTuple):
+    """A page that a commit writes after the end of a step. It may not be changed and cannot leave
+    before that is done; `needed_at` is when one of the two comes up in the next step."""
+
+    page: int
+    needed_at: int
+
+
+def kept_gaps(
+    trace: Trace,
+    *,
+    policy: PolicyKind,
+    capacity: int,
+    num_held: int,
+    scratch: Container[int] = (),
+) -> list[bool]:
     """For each access, whether its page stays in one of `capacity` frames until its next use.
 
     The latest `num_held` accesses may be in hand at once and are never sent away.
     """
-    count = trace.num_positions
-    pages_lru, hits_lru = _settled_lru(trace, capacity, num_held)
-    if policy is PolicyKind.lru:
-        return [hits_lru[there % count] for there in trace.following]
-    start = _Pass(trace, NextUse(), capacity, num_held)
-    start.follow(trace, ())
-    for _ in range(2):
-        start.run()
-    found = [_belady(trace, carried, capacity, num_held) for carried in (start.frames, pages_lru)]
-    hits = max(found, key=sum)
-    return [hits[there % count] for there in trace.following]
-
-
-def _settled_lru(trace: Trace, capacity: int, num_held: int) -> tuple[set[int], list[bool]]:
+    count, following = trace.num_positions, trace.following
+    hands = _Hands(capacity, num_held, scratch)
+    lru = _Pass(trace, Lru(), hands)
     # After one step the frames hold the pages used last; from then on every step is alike.
-    lru = _Pass(trace, Lru(), capacity, num_held)
     lru.run()
     hits = lru.run()
-    return lru.frames, hits
+    if policy is PolicyKind.next_use:
+        endless = _Pass(trace, NextUse(), hands)
+        endless.follow(trace, ())
+        for _ in range(2):
+            endless.run()
+        hits = max((_belady(trace, p.frames, hands) for p in (endless, lru)), key=sum)
+    return [
+        hits[there % count]
+        and (there < count or there - here < num_held or trace.accesses[here].page not in scratch)
+        for here, there in enumerate(following)
+    ]
 
 
-def _belady(trace: Trace, carried: set[int], capacity: int, num_held: int) -> list[bool]:
-    carried = set(carried)
+def _belady(trace: Trace, frames: set[int], hands: _Hands) -> list[bool]:
+    carried = {page for page in frames if page not in hands.scratch}
     while True:
-        walk = _Pass(trace, NextUse(), capacity, num_held)
+        walk = _Pass(trace, NextUse(), hands)
         walk.follow(_Carried(trace, carried), carried)
         hits = walk.run()
         stayed = {p for p in carried if p in walk.frames and hits[trace.positions[p][0]]}
         if stayed == carried:
             return hits
         carried = stayed
+
+
+class _Hands(NamedTuple):
+    capacity: int
+    num_held: int
+    scratch: Container[int]
 
 
 class _Carried(NamedTuple):
@@ -94,10 +118,13 @@ class _Carried(NamedTuple):
 class _Pass:
     """Steps through the trace with a policy, fetching on demand."""
 
-    def __init__(self, trace: Trace, policy: Lru | NextUse, capacity: int, num_held: int) -> None:
-        self.trace, self.policy, self.capacity = trace, policy, capacity
+    def __init__(self, trace: Trace, policy: Lru | NextUse, hands: _Hands) -> None:
+        self.trace, self.policy, self.capacity = trace, policy, hands.capacity
+        self.scratch = hands.scratch
         self.frames: set[int] = set()
-        self.in_hand: deque[int] = deque(maxlen=num_held - 1)
+        self.over: dict[int, None] = {}
+        "Pages of scratch in frames after their last use of the step."
+        self.in_hand: deque[int] = deque(maxlen=hands.num_held - 1)
 
     def follow(self, uses: Trace | _Carried, carried: Iterable[int]) -> None:
         """Begin with `carried` and what was in hand at the end of the step before."""
@@ -112,31 +139,47 @@ class _Pass:
 
     def run(self) -> list[bool]:
         """One step: whether each access found its page."""
-        hits = []
+        hits, following = [], self.trace.following
         for position, access in enumerate(self.trace.accesses):
-            hits.append(access.page in self.frames)
+            page = access.page
+            hits.append(page in self.frames)
             if not hits[-1]:
                 self._make_room(position)
-                self.frames.add(access.page)
-            self.policy.touched(access.page, position)
-            self.in_hand.append(access.page)
+                self.frames.add(page)
+            self.over.pop(page, None)
+            if following[position] >= len(following) and page in self.scratch:
+                self.over[page] = None
+            self.policy.touched(page, position)
+            self.in_hand.append(page)
         return hits
 
     def _make_room(self, position: int) -> None:
         if len(self.frames) < self.capacity:
             return
+        for page in self.over:
+            if page not in self.in_hand:
+                del self.over[page]
+                self.frames.remove(page)
+                return
         held = [page for page in set(self.in_hand) if page in self.frames]
         self.frames.difference_update(held)
         self.frames.remove(self.policy.victim(self.frames, position))
         self.frames.update(held)
 
 
-def pair(trace: Trace, kept: list[bool], *, num_frames: int, num_held: int) -> list[Move]:
-    """A fetch for every dropped gap that needs one, in the order in which they are issued."""
+def pair(
+    trace: Trace,
+    kept: list[bool],
+    *,
+    num_frames: int,
+    num_held: int,
+    scratch: Container[int] = (),
+    commits: bool = False,
+) -> tuple[list[Move], list[Flush]]:
+    """A fetch for every dropped gap that needs one, in the order in which they are issued, and,
+    if a commit follows every step, what it has to write."""
     count, hold = trace.num_positions, num_held - 1
     gaps = [position for position, stays in enumerate(kept) if not stays]
-    if not gaps:
-        return []
     # Frame number k of the circle is freed by gap k, at gaps[k % M] + hold; needs likewise.
     needs = sorted(trace.following[gap] % count for gap in gaps)
     rank = {need: index for index, need in enumerate(needs)}
@@ -150,7 +193,17 @@ def pair(trace: Trace, kept: list[bool], *, num_frames: int, num_held: int) -> l
     waiting = num_frames - over_end - (len(gaps) - freed)
     taker = [index - (freed - len(gaps) - waiting) for index in range(len(gaps))]
     _rescue(taker, wanted)
-    return _moves(trace, gaps, taker, wanted, hold)
+    dropped = {gap for gap, take, want in zip(gaps, taker, wanted) if take != want}
+    dirty, flushes = _dirty(trace, dropped, scratch, commits)
+    moves = _moves(trace, gaps, taker, wanted, hold)
+    return [
+        move._replace(
+            is_dirty=move.last_use in dirty,
+            is_read=move.page not in scratch
+            or move.needed_at % count != trace.positions[move.page][0],
+        )
+        for move in moves
+    ], flushes
 
 
 def _rescue(taker: list[int], wanted: list[int]) -> None:
@@ -180,8 +233,6 @@ def _moves(
 ) -> list[Move]:
     count, size = trace.num_positions, len(gaps)
     is_fetched = [take != want for take, want in zip(taker, wanted)]
-    dropped = {gap for gap, fetched in zip(gaps, is_fetched) if fetched}
-    dirty = _dirty(trace, dropped)
     moves: dict[int, Move] = {}
     before: dict[int, int] = {}
     page_at = {wanted[k] % size: k for k in range(size)}
@@ -193,9 +244,8 @@ def _moves(
         incoming = page_at[fetch]
         need = trace.following[gaps[incoming]] % count
         at = gap + hold - turns * count
-        moves[fetch] = Move(
-            at, trace.accesses[need].page, need, trace.accesses[gap].page, gap, gap in dirty
-        )
+        page, evicts = trace.accesses[need].page, trace.accesses[gap].page
+        moves[fetch] = Move(at, page, need, evicts, gap, False, True)
         assert need - count < at < need, ("a frame is free too late", at, need)
         # 2. The page that comes in left earlier, with the fetch `taker[incoming]`.
         before[fetch] = taker[incoming] - (wanted[incoming] - fetch)
@@ -218,17 +268,25 @@ def _after_own_eviction(
                 moves[fetch], is_moved = move._replace(at=earlier), True
 
 
-def _dirty(trace: Trace, dropped: set[int]) -> set[int]:
-    """Dropped gaps whose page was written since it was fetched."""
-    found = set()
-    for used in trace.positions.values():
+def _dirty(
+    trace: Trace, dropped: set[int], scratch: Container[int], commits: bool
+) -> tuple[set[int], list[Flush]]:
+    """Dropped gaps whose page was written since it was fetched or committed; and the commit."""
+    found, flushes, count = set[int](), list[Flush](), trace.num_positions
+    for page, used in trace.positions.items():
         ends = [index for index, position in enumerate(used) if position in dropped]
-        if not ends:
-            continue
-        is_dirty = False
-        for position in used[ends[-1] + 1 :] + used[: ends[-1] + 1]:
+        begin = ends[-1] + 1 if ends else 0
+        is_dirty, is_scratch = False, page in scratch
+        for index in [*range(begin, len(used)), *range(begin)]:
+            position = used[index]
             is_dirty = is_dirty or trace.accesses[position].is_write
+            if is_scratch and index + 1 == len(used):
+                is_dirty = False
             if position in dropped:
                 found.update([position] if is_dirty else [])
                 is_dirty = False
-    return found
+            elif commits and index + 1 == len(used) and is_dirty:
+                writes = (p for p in used if p in dropped or trace.accesses[p].is_write)
+                flushes.append(Flush(page, min(writes, default=count)))
+                is_dirty = False
+    return found, flushes

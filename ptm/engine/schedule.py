@@ -21,6 +21,9 @@ whose `evicts` is not sends away what the policy says, following this Schedule's
 
 from __future__ import annotations
 
+import math
+from collections import Counter
+from collections.abc import Container
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,13 +32,12 @@ from typing import NamedTuple
 from ptm.common.errors import OutOfPages, line
 from ptm.common.units import format_bytes
 from ptm.engine.config import PolicyKind
-from ptm.engine.residency import Move, kept_gaps, pair
+from ptm.engine.residency import Flush, Move, kept_gaps, pair
 from ptm.engine.timeline import Timeline, simulate
 from ptm.engine.trace import Trace
 
 _OFF = 0.10
-_SPARES = (0, 1, 4)
-_SPARE_SHARES = (1 / 32, 1 / 8, 1 / 4, 1 / 2, 5 / 8, 3 / 4)
+_SPARE_SHARES = (0, 1 / 32, 1 / 8, 1 / 4, 1 / 2, 3 / 4)
 
 
 class Order(NamedTuple):
@@ -50,7 +52,8 @@ class Order(NamedTuple):
 
 
 class SectionCost(NamedTuple):
-    """What one phase of one unit costs; written pages leave after their last use here."""
+    """What one phase of one unit costs; a page is written after its last use here. A fetch that
+    reads nothing is a page of scratch, which begins as zeros."""
 
     what: str
     num_accesses: int
@@ -72,6 +75,7 @@ class Schedule:
     policy: PolicyKind
     num_spare: int
     moves: tuple[Move, ...]
+    flushes: tuple[Flush, ...]
     timeline: Timeline
 
     @cached_property
@@ -94,11 +98,12 @@ class Schedule:
 
     @property
     def read_bytes(self) -> int:
-        return len(self.moves) * self.page_bytes
+        return sum(move.is_read for move in self.moves) * self.page_bytes
 
     @property
     def written_bytes(self) -> int:
-        return sum(move.is_dirty for move in self.moves) * self.page_bytes
+        """By evictions and commits."""
+        return self.page_bytes * (sum(m.is_dirty for m in self.moves) + len(self.flushes))
 
     @cached_property
     def resident(self) -> frozenset[int]:
@@ -120,27 +125,30 @@ class Schedule:
 
     def costs(self) -> list[SectionCost]:
         """Accesses, hits, bytes and seconds of each phase of each unit, in order of appearance."""
-        accesses = self.trace.accesses
-        tally = {s.what: [0, 0, 0, 0.0] for s in self.trace.per_unit()}
-        for order in self.orders:
-            tally[accesses[order.needed_at].what][1] += 1
+        accesses, count, size = self.trace.accesses, self.num_positions, self.page_bytes
+        fetches, reads, writes = Counter[str](), Counter[str](), Counter[str]()
+        stalls = {section.what: 0.0 for section in self.trace.per_unit()}
         for move in self.moves:
-            tally[accesses[move.last_use].what][2] += move.is_dirty
+            what = accesses[move.needed_at % count].what
+            fetches[what] += 1
+            reads[what] += move.is_read
+            writes[accesses[move.last_use].what] += move.is_dirty
+        for flush in self.flushes:
+            writes[accesses[self.trace.positions[flush.page][-1]].what] += 1
         for access, waited in zip(accesses, self.timeline.waited_s):
-            tally[access.what][3] += waited
-        size = self.page_bytes
+            stalls[access.what] += waited
         return [
             SectionCost(
-                s.what,
-                s.num_accesses,
-                s.num_accesses - int(fetches),
-                int(fetches),
-                int(fetches) * size,
-                int(written) * size,
-                s.seconds,
-                stall,
-            )  # fmt: skip
-            for s, (_, fetches, written, stall) in zip(self.trace.per_unit(), tally.values())
+                section.what,
+                section.num_accesses,
+                section.num_accesses - fetches[section.what],
+                fetches[section.what],
+                reads[section.what] * size,
+                writes[section.what] * size,
+                section.seconds,
+                stalls[section.what],
+            )
+            for section in self.trace.per_unit()
         ]
 
     def text(self) -> str:
@@ -191,12 +199,16 @@ def make_schedule(
     policy: PolicyKind | str = PolicyKind.next_use,
     num_held: int = 5,
     num_spare: int | None = None,
+    scratch: Container[int] = (),
+    commits: bool = False,
 ) -> Schedule:
     """The schedule of a step like `trace` in `num_frames` frames of memory.
 
     `num_held`: so many of the latest accesses may be in hand at once (an update holds an optimizer
     page with up to two pages of weights and two of gradients). `num_spare`: frames kept back for
-    reading ahead; None tries several.
+    reading ahead; None tries several. `scratch`: pages that hold nothing from their last use in a
+    step to the first in the next (the store discards them). `commits`: a commit follows every step
+    and writes what is dirty then, in the background.
     Raises OutOfPages when not even the pages in hand fit.
     """
     if num_frames < 1:
@@ -205,21 +217,29 @@ def make_schedule(
     policy = PolicyKind(policy)
     held = max(1, min(num_held, num_frames))
     most = num_frames - held
-    spares = {min(most, few) for few in _SPARES}
-    spares |= {min(most, int(num_frames * share)) for share in _SPARE_SHARES}
+    spares = {min(most, math.ceil(num_frames * share)) for share in _SPARE_SHARES}
     if num_spare is not None or len(trace.positions) <= num_frames:
         spares = {min(most, num_spare or 0)}
     found = []
     for spare in sorted(spares):
-        kept = kept_gaps(trace, policy=policy, capacity=num_frames - spare, num_held=held)
-        moves = pair(trace, kept, num_frames=num_frames, num_held=held)
+        kept = kept_gaps(
+            trace, policy=policy, capacity=num_frames - spare, num_held=held, scratch=scratch
+        )
+        moves, flushes = pair(
+            trace, kept, num_frames=num_frames, num_held=held, scratch=scratch, commits=commits
+        )
         timeline = simulate(
             trace,
             moves,
+            flushes,
             read_page_s=page_bytes / read_bytes_per_s,
             write_page_s=page_bytes / write_bytes_per_s,
         )
-        found.append(Schedule(trace, num_frames, page_bytes, policy, spare, tuple(moves), timeline))
+        found.append(
+            Schedule(
+                trace, num_frames, page_bytes, policy, spare, tuple(moves), tuple(flushes), timeline
+            )
+        )
     return min(found, key=lambda s: (round(s.step_s, 9), len(s.moves), s.num_spare))
 
 

@@ -69,7 +69,8 @@ def _compute(schedule: Schedule) -> Iterator[_Bar]:
 
 
 def _link(schedule: Schedule, is_write: bool) -> list[_Bar]:
-    moved = schedule.timeline.writes if is_write else schedule.timeline.reads
+    line = schedule.timeline
+    moved = [*line.writes, *line.commits] if is_write else line.reads
     step_s, bars = schedule.step_s, []
     for transfer in moved:
         if transfer is None:
@@ -166,7 +167,8 @@ def _lives(schedule: Schedule) -> Iterator[tuple[int, float, float]]:
         need = move.needed_at % count
         ends = [last + (count if last < need else 0) for last in leaves[move.page]]
         last = min(ends)
-        yield move.page, read.start_s, at_s[last % count] + last // count * step_s
+        start = read.start_s if read else at_s[need]
+        yield move.page, start, at_s[last % count] + last // count * step_s
 
 
 def _stairs(
