@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ptm.checkpoint.folders import step_folders
 from ptm.checkpoint.load import load, newest_good
 from ptm.checkpoint.open_model import open_model
 from ptm.checkpoint.save import Saved, Saver
@@ -21,7 +22,7 @@ from ptm.data.corpus import Corpus, Split
 from ptm.data.loader import Loader, Rows
 from ptm.data.pack import Batch
 from ptm.engine.engine import PagedEngine
-from ptm.engine.open_store import StoreOpener
+from ptm.engine.open_store import TierOpener
 from ptm.eval.perplexity import held_out
 from ptm.mesh.mesh import Mesh
 from ptm.mesh.peers import Peers
@@ -66,7 +67,6 @@ def build_model(
     if recipe.train.recompute is Recompute.block:
         recompute_blocks(model.model.layers)
     zero = recipe.engine.zero or 1
-    opener = StoreOpener(recipe.engine, mesh, peers, zero=zero, run_id=run_id)
     engine = PagedEngine(
         model,
         units,
@@ -76,7 +76,7 @@ def build_model(
         dtype=dtype,
         update=functools.partial(adamw, config=recipe.optim),
         clip=recipe.train.clip,
-        make_store=opener,
+        open_tiers=TierOpener(recipe.engine, mesh, peers, zero=zero, run_id=run_id),
     )
     return model, engine
 
@@ -86,19 +86,23 @@ def first_weights(
 ) -> TrainState:
     """Fill the engine from the newest committed step or good checkpoint, another model, or the
     seed, in that order."""
-    good = newest_good(checkpoints, peers=peers, repair=True)
-    if good is not None:
+    restored = engine.restored
+    newest = on_main(peers, lambda: max((s for s, _ in step_folders(checkpoints)), default=-1))
+    if restored is not None and restored[0] >= newest:
+        state = TrainState.from_json(restored[1]["train"])
+        say(f"resuming after step {state.step} from the pages in {recipe.engine.ssd_path}")
+    elif (good := newest_good(checkpoints, peers=peers, repair=True)) is not None:
         for folder, reason in good.rejected:
             say(f"not used: {folder}: {reason}")
         meta = load(good, engine.state(), peers=peers)
         state = TrainState.from_json(meta["train"])
-        engine.updates = state.updates
         say(f"resuming after step {state.step} from {good.folder}")
     else:
         state = TrainState(run_id=run_id)
         initial = _initial_weights(recipe)
         for name, shape in engine.shapes().items():
             engine.fill(name, initial(name, shape))
+    engine.updates = state.updates
     engine.publish()
     return state
 

@@ -32,8 +32,9 @@ from ptm.engine.config import EngineConfig, MomentsKind
 from ptm.engine.grads import Grads
 from ptm.engine.hooks import Hooks
 from ptm.engine.layout import Format, Layout, Named, PageMap, Slot, make_layout
+from ptm.engine.open_store import Tiers
 from ptm.engine.state import StateRows, stored_shape
-from ptm.engine.states import PagedStates, PageRows, Store
+from ptm.engine.states import PagedStates, PageRows
 from ptm.engine.update import Update, Updater
 from ptm.engine.weights import Gathered, Weights, nothing
 from ptm.mesh.collectives import all_reduce_sum
@@ -92,10 +93,10 @@ class PagedEngine:
         dtype: torch.dtype,
         update: Update,
         clip: float,
-        make_store: Callable[[PageMap, Layout, int], Store],
+        open_tiers: Callable[[PageMap, Layout, int], Tiers],
     ) -> None:
         """The model may be on the meta device; its parameters are replaced. zero: 1, 2 or 3.
-        make_store(pages, layout, bytes of a weight in forward) -> Store."""
+        open_tiers(pages, layout, bytes of a weight in forward)."""
         self.model, self.mesh, self.config, self.clip = model, mesh, config, clip
         self.updates = 0
         self.layout: Layout = make_layout(
@@ -105,7 +106,8 @@ class PagedEngine:
             rank=mesh.rank,
         )
         self.pages = PageMap(self.layout.numel, config.page_bytes, format_of(dtype, config.moments))
-        self.store: Store = make_store(self.pages, self.layout, dtype.itemsize)
+        self.tiers = open_tiers(self.pages, self.layout, dtype.itemsize)
+        self.store = self.tiers.store
         self.states = PagedStates(self.store, self.pages, dtype)
         gathered = [
             Gathered(
@@ -119,13 +121,19 @@ class PagedEngine:
             )
             for unit in self.layout.units
         ]
-        self.updater = Updater(self.layout, self.states, update)
+        ahead = None if self.tiers.paging is None else 1
+        self.updater = Updater(self.layout, self.states, update, ahead=ahead)
         self.weights = Weights(
             gathered, self.states, mesh, keep=zero < 3, wait_for_update=self.updater.wait
         )
         self.grads = Grads(gathered, self.states, mesh, is_local=zero == 1)
         self.hooks = Hooks([unit.module for unit in units], self.weights)
         self._is_first = True
+
+    @property
+    def restored(self) -> tuple[int, dict[str, Any]] | None:
+        """The step that the pages hold since the start, and its meta, if they were committed."""
+        return self.tiers.restored
 
     def backward(self, loss: Tensor, *, is_last: bool) -> None:
         """Add the gradients of `loss` (a SUM over tokens) to this step's; is_last: of this step."""
@@ -147,6 +155,9 @@ class PagedEngine:
         is_finite = math.isfinite(norm) and math.isfinite(heard[2])
         where = "" if is_finite else self._where_not_finite()
         self.weights.outdated()
+        if self.tiers.paging is not None:
+            self.tiers.paging.border()
+            self.updater.is_inline = self.tiers.paging.is_tracing
         if is_finite:
             self.updates += 1
             scale = 1.0 / total * _clip_factor(norm, self.clip)
@@ -193,17 +204,22 @@ class PagedEngine:
         return f"{bad[0]} ({len(bad)} of {len(found)} parameters)" if bad else "the loss"
 
     def commit(self, step: int, meta: dict[str, Any]) -> None:
-        """Nothing to do while no tier is a disk."""
+        """Once this step's updates are done, in the background: the pages become what a run that
+        was killed goes on from. Without a disk there is nothing to do."""
+        if self.tiers.journal_every and step % self.tiers.journal_every == 0:
+            self.updater.then(lambda: self.store.commit(step, meta))
 
     def report(self) -> dict[str, float]:
-        """Bytes sent by kind of collective since the start."""
-        return {
+        """Bytes sent by kind of collective, and what the tiers did, since the start."""
+        sent = {
             f"{name}_bytes": float(entry.sent_bytes)
             for name, entry in self.mesh.ledger.entries.items()
         }
+        return sent | {f"pages_{name}": value for name, value in self.store.report().items()}
 
     def close(self) -> None:
         self.updater.close()
+        self.store.wait_commit()
         self.store.close()
 
 

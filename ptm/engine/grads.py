@@ -179,6 +179,7 @@ class Grads:
     def _add(self, done: UnderWay, group: Group, pieces_NS: Tensor) -> None:
         """Add the ranks' pieces to the sums in the pages, one rank after another."""
         first, last = group.base, group.base + group.shard_numel
+        self.states.store.note(f"backward {done.unit.name}")
         with self.states.grads(write=True) as grads:
             for start, stop in self.states.ranges(first, last, self.states.pages.grads):
                 total = grads.field(torch.float32, 0, grads.move(start), stop - start)

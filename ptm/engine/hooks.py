@@ -38,6 +38,7 @@ class Hooks:
             module.register_forward_hook(self._after_forward(index), always_call=False)
 
     def _want_root(self) -> None:
+        self.weights.phase = "forward"
         self.weights.ready(self.units[0])
 
     def _before_forward(self, index: int):
@@ -77,6 +78,7 @@ class Hooks:
     def _before_backward(self, index: int) -> None:
         if self.weights.keep:
             return
+        self.weights.phase = "backward"
         for done in self.units[index + 1 :]:
             self.weights.release(done)
         self.weights.ready(self.units[index])

@@ -14,6 +14,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +22,37 @@ from ptm.engine.budget import Budget, make_budget
 from ptm.engine.config import EngineConfig
 from ptm.engine.eviction import POLICIES
 from ptm.engine.layout import Layout, PageMap
-from ptm.engine.record import Identity, RecordLog
+from ptm.engine.paging import Paging
+from ptm.engine.record import Identity, RecordLog, refuse_another
+from ptm.engine.states import Store
 from ptm.engine.store import PageStore
-from ptm.engine.tier import SsdTier
+from ptm.engine.tier import SsdTier, probe
 from ptm.mesh.mesh import Mesh
 from ptm.mesh.peers import Peers
 
+PROBE_S = 1.0
+"""Seconds in which the disk shows its rates at the start."""
 
-class StoreOpener:
+
+@dataclass(frozen=True)
+class Tiers:
+    """What an engine gets to keep its pages in."""
+
+    store: Store
+    paging: Paging | None = None
+    "None where all pages are in memory."
+    restored: tuple[int, dict[str, Any]] | None = None
+    "The committed step that the pages hold now, and its meta; None for pages of zeros."
+    journal_every: int = 0
+    "Steps between two commits; 0 without a disk."
+    budget: Budget | None = None
+
+
+class TierOpener:
     """Made with what is known before the layout; called once with it by the engine.
 
     Raises PlanError, StorageError, CheckpointError on all ranks alike.
     """
-
-    restored: tuple[int, dict[str, Any]] | None = None
-    "The committed step that the pages hold now, and its meta; None for pages of zeros."
-    budget: Budget
 
     def __init__(
         self, config: EngineConfig, mesh: Mesh, peers: Peers, *, zero: int, run_id: str
@@ -44,9 +60,9 @@ class StoreOpener:
         self.config, self.mesh, self.peers = config, mesh, peers
         self.zero, self.run_id = zero, run_id
 
-    def __call__(self, pages: PageMap, layout: Layout, compute_bytes: int) -> PageStore:
+    def __call__(self, pages: PageMap, layout: Layout, compute_bytes: int) -> Tiers:
         config = self.config
-        self.budget = make_budget(
+        budget = make_budget(
             config,
             layout,
             pages,
@@ -54,25 +70,36 @@ class StoreOpener:
             compute_bytes=compute_bytes,
             world=self.mesh.world,
         )
-        describe = describer(pages, layout)
         ssd, step = None, None
         if config.ssd_path is not None:
             ssd, step = self._open_file(config.ssd_path, self._identity(pages, layout))
         store = PageStore(
             num_pages=pages.num_pages,
             page_bytes=pages.page_bytes,
-            num_frames=self.budget.num_frames,
+            num_frames=budget.num_frames,
             durable=pages.durable,
             ssd=ssd,
             policy=POLICIES[config.policy](),
             pin=self.mesh.device.type == "cuda",
-            describe=describe,
+            describe=describer(pages, layout),
             agree=self.mesh.agreement(config.timeout_s) if ssd is not None else None,
         )
+        restored = None
         if step is not None:
-            self.restored = next((s, meta) for s, meta in store.records() if s == step)
+            restored = next((s, meta) for s, meta in store.records() if s == step)
             store.restore(step)
-        return store
+        paging = None
+        if ssd is not None and budget.num_frames < pages.num_pages:
+            found = probe(ssd.path.parent, pages.page_bytes, PROBE_S)
+            paging = Paging(
+                store,
+                pages,
+                num_frames=budget.num_frames,
+                policy=config.policy,
+                rates=(found.read_bytes_per_s, found.write_bytes_per_s),
+            )
+        journal_every = config.journal_every if ssd is not None else 0
+        return Tiers(store, paging, restored, journal_every, budget)
 
     def _identity(self, pages: PageMap, layout: Layout) -> Identity:
         return Identity(

@@ -15,7 +15,7 @@ zero would make an endless step.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -34,6 +34,14 @@ class Store(Protocol):
     def hold(self, page: int, *, write: bool = False) -> Tensor: ...
 
     def release(self, page: int, *, dirty: bool = False) -> None: ...
+
+    def note(self, what: str) -> None: ...
+
+    def commit(self, step: int, meta: dict[str, Any]) -> None: ...
+
+    def wait_commit(self) -> None: ...
+
+    def report(self) -> dict[str, float]: ...
 
     def close(self) -> None: ...
 

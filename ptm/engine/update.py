@@ -13,6 +13,8 @@ earlier units. Nothing in the result depends on when it ran.
 
 from __future__ import annotations
 
+import functools
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -83,20 +85,42 @@ def update_group(
 
 
 class Updater:
-    """Runs updates unit by unit. `wait(unit)` before its weights are read, `drain` for all."""
+    """Runs updates unit by unit. `wait(unit)` before its weights are read, `drain` for all.
 
-    def __init__(self, layout: Layout, states: PagedStates, update: Update) -> None:
-        self.layout, self.states, self.update = layout, states, update
+    ahead: how many units the updates may be ahead of the forward that reads them, so that what an
+    update has in memory is still there for the gather; None lets them run. `is_inline` runs each
+    update when it is waited for, in the thread that waits, so that a trace has one order.
+    """
+
+    def __init__(
+        self, layout: Layout, states: PagedStates, update: Update, *, ahead: int | None
+    ) -> None:
+        self.states, self.update, self.ahead = states, update, ahead
+        self.is_inline = False
+        self._names = [unit.name for unit in layout.units]
+        self._units = layout.units
         self._room = Room()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ptm-update")
-        self._running: dict[str, Future[None]] = {}
+        self._running: dict[str, Future[None] | Callable[[], None]] = {}
+        self._asked = threading.Condition()
+        self._reached = -1
 
     def submit(self, *, scale: float, lr: float, step: int) -> None:
         """Start the update of every unit, in the order of the forward."""
-        for unit in self.layout.units:
-            self._running[unit.name] = self._thread.submit(self._run, unit, scale, lr, step)
+        self._reached = -1
+        for index, unit in enumerate(self._units):
+            job = functools.partial(self._run, index, unit, scale, lr, step)
+            self._running[unit.name] = job if self.is_inline else self._thread.submit(job)
 
-    def _run(self, unit: Unit, scale: float, lr: float, step: int) -> None:
+    def then(self, job: Callable[[], None]) -> None:
+        """Run `job` after all updates that were submitted."""
+        self._running["then"] = job if self.is_inline else self._thread.submit(job)
+
+    def _run(self, index: int, unit: Unit, scale: float, lr: float, step: int) -> None:
+        if self.ahead is not None and not self.is_inline:
+            with self._asked:
+                self._asked.wait_for(lambda: self._reached >= index - self.ahead)
+        self.states.store.note(f"update {unit.name}")
         for group in unit.groups:
             update_group(
                 self.states, group, self.update, self._room, scale=scale, lr=lr, step=step
@@ -105,12 +129,28 @@ class Updater:
     def wait(self, unit: str) -> None:
         """Until the unit's last update is done. Raises what it raised."""
         running = self._running.pop(unit, None)
-        if running is not None:
+        if running is None:
+            return
+        with self._asked:
+            reached = len(self._names) if unit == "then" else self._names.index(unit)
+            self._reached = max(self._reached, reached)
+            self._asked.notify()
+        if isinstance(running, Future):
             running.result()
+        else:
+            running()
 
     def drain(self) -> None:
+        """Until nothing is under way."""
+        if self._running and not self.is_inline:
+            with self._asked:
+                self._reached = len(self._names)
+                self._asked.notify()
         for name in list(self._running):
             self.wait(name)
 
     def close(self) -> None:
+        with self._asked:
+            self._reached = len(self._names)
+            self._asked.notify()
         self._thread.shutdown(wait=True, cancel_futures=True)

@@ -89,6 +89,7 @@ class Weights:
         """keep: every unit has a frame and keeps it (zero 1 and 2)."""
         self.units, self.states, self.mesh, self.keep = units, states, mesh, keep
         self.wait_for_update = wait_for_update
+        self.phase = "forward"
         self.dtype = units[0].params[0][2].dtype
         shared = [u.unit.numel for u in units if not u.owns_frame]
         count = min(2, len(shared))
@@ -106,6 +107,7 @@ class Weights:
         if unit.is_ready or unit.pending is not None:
             return
         self.wait_for_update(unit.unit.name)
+        self.states.store.note(f"{self.phase} {unit.unit.name}")
         if unit.frame is None:
             unit.frame = self._free.pop()
         unit.pending = []

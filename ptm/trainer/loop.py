@@ -78,6 +78,7 @@ def fit(run: Run) -> None:
                 is_best = _note_best(state, values)
                 clock.take()
             run.metrics.log(state.step, values)
+            run.engine.commit(state.step, {"train": state.to_json()})
             if outcome.is_skipped:
                 _skip(run, outcome)
             _stop_if_asked(run, outcome, stop)

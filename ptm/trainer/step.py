@@ -40,6 +40,19 @@ class Engine(Protocol):
     model: nn.Module
     updates: int
 
+    @property
+    def restored(self) -> tuple[int, dict[str, Any]] | None:
+        """The step whose states the engine found on its own disk, and the meta of its commit."""
+        ...
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Whole shape of every parameter by name."""
+        ...
+
+    def fill(self, name: str, value: Tensor) -> None:
+        """Set one parameter's master from a whole fp32 tensor that every rank holds."""
+        ...
+
     def backward(self, loss: Tensor, *, is_last: bool) -> None:
         """Add the gradients of `loss`, a sum over tokens, to this step's; is_last: its last."""
         ...

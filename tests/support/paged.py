@@ -11,7 +11,9 @@ from ptm.data.pack import Batch
 from ptm.engine.config import EngineConfig
 from ptm.engine.engine import PagedEngine
 from ptm.engine.layout import Layout, PageMap
+from ptm.engine.open_store import TierOpener, Tiers
 from ptm.mesh.mesh import Mesh
+from ptm.mesh.peers import Peers
 from ptm.model.config import ModelConfig
 from ptm.model.init import new_weight
 from ptm.model.transformer import Transformer
@@ -36,10 +38,14 @@ ROWS, LENGTH = 8, 16
 OPTIM = OptimConfig()
 
 
+def in_memory(pages: PageMap, layout: Layout, compute_bytes: int) -> Tiers:
+    return Tiers(PlainStore(pages))
+
+
 class PlainStore:
     """Every page in memory, nothing moves."""
 
-    def __init__(self, pages: PageMap, layout: Layout, compute_bytes: int) -> None:
+    def __init__(self, pages: PageMap) -> None:
         self.pages = [
             torch.zeros(pages.page_bytes, dtype=torch.uint8) for _ in range(pages.num_pages)
         ]
@@ -49,6 +55,18 @@ class PlainStore:
 
     def release(self, page: int, *, dirty: bool = False) -> None:
         pass
+
+    def note(self, what: str) -> None:
+        pass
+
+    def commit(self, step: int, meta: dict[str, Any]) -> None:
+        raise AssertionError("there is no disk")
+
+    def wait_commit(self) -> None:
+        pass
+
+    def report(self) -> dict[str, float]:
+        return {}
 
     def close(self) -> None:
         pass
@@ -78,7 +96,7 @@ def make_engine(
     recompute: bool = False,
     config: EngineConfig | None = None,
     model: ModelConfig = MODEL,
-    make_store: Any = PlainStore,
+    open_tiers: Any = in_memory,
     clip: float = 1.0,
 ) -> PagedEngine:
     """An engine with the weights of seed 1."""
@@ -89,6 +107,9 @@ def make_engine(
     share_experts(transformer, mesh, config.chunks)
     if recompute:
         recompute_blocks(transformer.model.layers)
+    if config.cpu_bytes or config.ssd_path:
+        peers = Peers(mesh.background)
+        open_tiers = TierOpener(config, mesh, peers, zero=zero, run_id="test")
     engine = PagedEngine(
         transformer,
         units,
@@ -98,8 +119,11 @@ def make_engine(
         dtype=dtype,
         update=functools.partial(adamw, config=OPTIM),
         clip=clip,
-        make_store=make_store,
+        open_tiers=open_tiers,
     )
+    if engine.restored is not None:
+        engine.updates = engine.restored[1]["updates"]
+        return engine
     for name, shape in engine.shapes().items():
         engine.fill(name, new_weight(model, name, shape, seed=1))
     engine.publish()
@@ -128,6 +152,7 @@ def run_steps(
     for step in steps:
         nll, tokens = backward(engine, mesh, step, micro_batches)
         outcomes.append(engine.step(nll_sum=nll, tokens=tokens, lr=lr, flags=[]))
+        engine.commit(step + 1, {"updates": engine.updates})
     return outcomes
 
 
