@@ -72,7 +72,7 @@ class ShardWriter(HuggingFaceStorageWriter):
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         by_file: dict[int, dict[str, WriteItem]] = {}
-        for item in plan.items:
+        for item in sorted(plan.items, key=lambda item: _order(item.index.fqn)):
             name = item.index.fqn
             by_file.setdefault(self._files[name], {})[name] = item
         last, shard = max(self._files.values()), cast(dict, plan.storage_data)["shard_index"]
@@ -112,7 +112,7 @@ def plan_files(census: Mapping[str, Entry], world: int) -> dict[str, int]:
     numbers: dict[str, int] = {}
     number = filled_bytes = 0
     was_model = None
-    for name in sorted(census):
+    for name in sorted(census, key=_order):
         entry = census[name]
         num_bytes = -(-entry.shape[0] // world) * entry.row_bytes
         is_model = name.startswith(MODEL)
@@ -121,6 +121,12 @@ def plan_files(census: Mapping[str, Entry], world: int) -> dict[str, int]:
         was_model, filled_bytes = is_model, filled_bytes + num_bytes
         numbers[name] = number
     return numbers
+
+
+def _order(name: str) -> tuple[bool, str, str]:
+    # The moments of a parameter follow each other: an engine may have both in one page of a disk.
+    is_model = name.startswith(MODEL)
+    return not is_model, name if is_model else name.split(".", 2)[-1], name
 
 
 def _item(name: str, rows: StateRows) -> WriteItem:

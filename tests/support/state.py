@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import math
+import random
+from pathlib import Path
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
+
+from ptm.checkpoint.safetensors_file import as_bytes
+from ptm.engine.state import stored_shape
 
 SHAPES = {
     "model.embed_tokens.weight": (11, 6),
@@ -60,3 +67,55 @@ def assert_bitwise_equal(found: dict[str, Tensor], wanted: dict[str, Tensor]) ->
         a, b = local(found[name]).contiguous(), local(tensor).contiguous()
         assert a.shape == b.shape and a.dtype == b.dtype, (name, a.shape, b.shape)
         assert torch.equal(a.view(torch.uint8), b.view(torch.uint8)), f"{name} differs"
+
+
+class FileRows:
+    """Rows that live in a file of their own, as those of an engine with a disk do."""
+
+    def __init__(self, file: Path, shape: tuple[int, ...], first_row: int, num_rows: int) -> None:
+        self.file, self.shape, self.first_row, self.num_rows = file, shape, first_row, num_rows
+        self.dtype = torch.float32
+        self.reads = 0
+
+    def read(self) -> Tensor:
+        self.reads += 1
+        rows = torch.empty((self.num_rows, *self.shape[1:]), dtype=self.dtype)
+        as_bytes(rows)[:] = self.file.read_bytes()
+        return rows
+
+    def write(self, rows: Tensor) -> None:
+        assert (rows.shape, rows.dtype) == ((self.num_rows, *self.shape[1:]), self.dtype)
+        self.file.write_bytes(as_bytes(rows))
+
+
+BIAS = "model.router_bias"
+
+
+def paged(
+    values: dict[str, Tensor], folder: Path, *, rank: int, world: int, seed: int = 0
+) -> dict[str, FileRows]:
+    """A rank's part of `values`, cut as the paged engine cuts: end to end, then in ragged ranges.
+
+    Stacked matrices are stored below each other, most ranks have no row of most tensors, and rank 0
+    alone has BIAS. `seed` picks the cuts.
+    """
+    shapes = {name: stored_shape(tensor.shape) for name, tensor in values.items()}
+    names = sorted(shapes)
+    total = sum(math.prod(shapes[name]) for name in names)
+    rng = random.Random(seed)
+    cuts = [0, *sorted(rng.randrange(total + 1) for _ in range(world - 1)), total]
+    folder.mkdir(parents=True, exist_ok=True)
+    found: dict[str, FileRows] = {}
+    start = 0
+    for name in names:
+        shape = shapes[name]
+        numel = math.prod(shape[1:])
+        first, last = (
+            min(max(0, -(-(cut - start) // numel)), shape[0]) for cut in cuts[rank : rank + 2]
+        )
+        if name == BIAS:
+            first, last = (0, shape[0]) if rank == 0 else (shape[0], shape[0])
+        found[name] = FileRows(folder / f"{name}.{rank}", shape, first, last - first)
+        found[name].write(values[name].reshape(shape)[first:last])
+        start += math.prod(shape)
+    return found
