@@ -89,6 +89,7 @@ def first_weights(
     restored = engine.restored
     newest = on_main(peers, lambda: max((s for s, _ in step_folders(checkpoints)), default=-1))
     if restored is not None and restored[0] >= newest:
+        engine.restore()
         state = TrainState.from_json(restored[1]["train"])
         say(f"resuming after step {state.step} from the pages in {recipe.engine.ssd_path}")
     elif (good := newest_good(checkpoints, peers=peers, repair=True)) is not None:

@@ -32,7 +32,8 @@ from ptm.engine.config import EngineConfig, MomentsKind
 from ptm.engine.grads import Grads
 from ptm.engine.hooks import Hooks
 from ptm.engine.layout import Format, Layout, Named, PageMap, Slot, make_layout
-from ptm.engine.open_store import Tiers
+from ptm.engine.open_store import Tiers, fingerprint, forget_other_layouts
+from ptm.engine.reshard import read_into
 from ptm.engine.state import StateRows, stored_shape
 from ptm.engine.states import PagedStates, PageRows
 from ptm.engine.update import Update, Updater
@@ -99,8 +100,10 @@ class PagedEngine:
         open_tiers(pages, layout, bytes of a weight in forward)."""
         self.model, self.mesh, self.config, self.clip = model, mesh, config, clip
         self.updates = 0
+        self._named = [(unit.name, unit.members) for unit in units]
+        self._dtype = dtype
         self.layout: Layout = make_layout(
-            [(unit.name, unit.members) for unit in units],
+            self._named,
             world=mesh.world,
             ep=config.ep,
             rank=mesh.rank,
@@ -129,11 +132,28 @@ class PagedEngine:
         self.grads = Grads(gathered, self.states, mesh, is_local=zero == 1)
         self.hooks = Hooks([unit.module for unit in units], self.weights)
         self._is_first = True
+        self._num_commits = 0
 
     @property
     def restored(self) -> tuple[int, dict[str, Any]] | None:
-        """The step that the pages hold since the start, and its meta, if they were committed."""
-        return self.tiers.restored
+        """The step that was committed last, if any, and its meta; `restore` goes back to it."""
+        elsewhere = self.tiers.elsewhere
+        return self.tiers.restored if elsewhere is None else (elsewhere.step, elsewhere.meta)
+
+    def restore(self) -> None:
+        """Make the states those of `restored`: nothing to do, unless other ranks committed it."""
+        if self.tiers.elsewhere is not None:
+            assert self.config.ssd_path is not None
+            read_into(
+                self.state(),
+                self.tiers.elsewhere,
+                ssd_path=self.config.ssd_path,
+                units=self._named,
+                pages=self.pages,
+                dtype=self._dtype,
+                kinds=STATES,
+                fingerprint=fingerprint,
+            )
 
     def backward(self, loss: Tensor, *, is_last: bool) -> None:
         """Add the gradients of `loss` (a SUM over tokens) to this step's; is_last: of this step."""
@@ -208,6 +228,9 @@ class PagedEngine:
         was killed goes on from. Without a disk there is nothing to do."""
         if self.tiers.journal_every and step % self.tiers.journal_every == 0:
             self.updater.then(lambda: self.store.commit(step, meta))
+            self._num_commits += 1
+            if self._num_commits == 3 and self.mesh.is_main and self.tiers.folder is not None:
+                forget_other_layouts(self.tiers.folder)  # the first commit is on all ranks by now
 
     def report(self) -> dict[str, float]:
         """Bytes sent by kind of collective, and what the tiers did, since the start."""

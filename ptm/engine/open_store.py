@@ -18,12 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ptm.engine import reshard
 from ptm.engine.budget import Budget, make_budget
 from ptm.engine.config import EngineConfig
 from ptm.engine.eviction import POLICIES
 from ptm.engine.layout import Layout, PageMap
 from ptm.engine.paging import Paging
 from ptm.engine.record import Identity, RecordLog, refuse_another
+from ptm.engine.reshard import Found
 from ptm.engine.states import Store
 from ptm.engine.store import PageStore
 from ptm.engine.tier import SsdTier, probe
@@ -46,6 +48,10 @@ class Tiers:
     journal_every: int = 0
     "Steps between two commits; 0 without a disk."
     budget: Budget | None = None
+    elsewhere: Found | None = None
+    "A newer committed step of this run, in page files of another layout."
+    folder: Path | None = None
+    "Where this run's page files of all layouts are."
 
 
 class TierOpener:
@@ -98,8 +104,26 @@ class TierOpener:
                 policy=config.policy,
                 rates=(found.read_bytes_per_s, found.write_bytes_per_s),
             )
-        journal_every = config.journal_every if ssd is not None else 0
-        return Tiers(store, paging, restored, journal_every, budget)
+        if ssd is None:
+            return Tiers(store, paging, budget=budget)
+        elsewhere = self._elsewhere(ssd.identity, -1 if step is None else step)
+        return Tiers(
+            store, paging, restored, config.journal_every, budget, elsewhere, ssd.path.parent
+        )
+
+    def _elsewhere(self, identity: Identity, step: int) -> Found | None:
+        """A newer step in page files of another layout; all must be on the disk of rank 0."""
+        ssd_path = self.config.ssd_path
+        assert ssd_path is not None
+
+        def look() -> list[Any] | None:
+            found = None
+            if self.mesh.is_main:
+                found = reshard.find(ssd_path, self.run_id, besides=identity.run_id)
+            return None if found is None or found.step <= step else list(found)
+
+        heard = self.peers.together(look)[0]
+        return None if heard is None else Found(*heard)
 
     def _identity(self, pages: PageMap, layout: Layout) -> Identity:
         return Identity(
@@ -129,14 +153,13 @@ class TierOpener:
         self.peers.together(open_one)
         return opened[0], max(common, default=None)
 
-    def forget_other_layouts(self) -> None:
-        """Remove page files of this run that other layouts left; for rank 0, after a commit."""
-        if self.config.ssd_path is None:
-            return
-        mine = folder_name(self.run_id, self.mesh.world, self.config.ep)
-        for folder in Path(self.config.ssd_path).glob(f"{self.run_id}.n*e*"):
-            if folder.name != mine:
-                shutil.rmtree(folder, ignore_errors=True)
+
+def forget_other_layouts(folder: Path) -> None:
+    """Remove page files of the same run that other layouts left, after a commit to `folder`."""
+    run_id = folder.name.rpartition(".n")[0]
+    for other in folder.parent.glob(f"{run_id}.n*e*"):
+        if other != folder:
+            shutil.rmtree(other, ignore_errors=True)
 
 
 def folder_name(run_id: str, world: int, ep: int) -> str:

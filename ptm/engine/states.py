@@ -14,6 +14,7 @@ zero would make an endless step.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
@@ -195,17 +196,30 @@ def _blocks(values: Tensor, apply, scales: Tensor) -> None:
 
 
 class PageRows:
-    """StateRows over pages: one parameter's masters or moments on this rank."""
+    """StateRows over pages: one parameter's masters or moments on this rank, or some of its rows."""
 
     dtype = torch.float32
 
     def __init__(self, states: PagedStates, group: Group, slot: Slot, what: str) -> None:
-        self._states, self._what = states, what
+        self._states, self._what, self._row_numel = states, what, slot.row_numel
         start, stop = group.owned(slot)
         self._start, self._stop = group.flat(start), group.flat(stop)
         self.shape = stored_shape(slot.whole_shape)
         self.first_row = slot.first_row + (start - slot.start) // slot.row_numel
-        self.num_rows = (stop - start) // slot.row_numel
+
+    @property
+    def num_rows(self) -> int:
+        return (self._stop - self._start) // self._row_numel
+
+    def within(self, first: int, last: int) -> PageRows:
+        """Those of rows [first, last) of the whole tensor that are here."""
+        found = copy.copy(self)
+        end = self.first_row + self.num_rows
+        found.first_row = min(max(first, self.first_row), end)
+        last = max(found.first_row, min(last, end))
+        found._start = self._start + (found.first_row - self.first_row) * self._row_numel
+        found._stop = self._start + (last - self.first_row) * self._row_numel
+        return found
 
     def read(self) -> Tensor:
         out = torch.empty(self._stop - self._start)

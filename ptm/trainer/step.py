@@ -45,6 +45,10 @@ class Engine(Protocol):
         """The step whose states the engine found on its own disk, and the meta of its commit."""
         ...
 
+    def restore(self) -> None:
+        """Make the states those of `restored`."""
+        ...
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Whole shape of every parameter by name."""
         ...

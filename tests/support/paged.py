@@ -122,6 +122,7 @@ def make_engine(
         open_tiers=open_tiers,
     )
     if engine.restored is not None:
+        engine.restore()
         engine.updates = engine.restored[1]["updates"]
         return engine
     for name, shape in engine.shapes().items():

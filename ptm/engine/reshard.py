@@ -1,0 +1,126 @@
+"""States of a run as another number of ranks committed them, read into this one's.
+
+    old ranks   [ rows of w1 | rows of w2 ...]  [ ... ]  [ ... ]      page files, two commits each
+    new ranks   [ rows of w1 | ... ]  [ ... ]                         this run's pages
+
+Which rows lie in which page of which old rank follows from the model, the old number of ranks and
+the old ep, so the page files need no index: a rank computes where its rows were, and reads those
+pages, compared with their checksums. Every number arrives with its bits. Page files of all old
+ranks must be on a disk that this machine sees.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ptm.common.errors import CheckpointError, line
+from ptm.engine.commit import PageReader
+from ptm.engine.layout import Named, PageMap, make_layout
+from ptm.engine.state import StateRows
+from ptm.engine.states import PagedStates, PageRows
+
+KEPT_PAGES = 8
+
+
+class Found(NamedTuple):
+    """A committed step of another layout, there on all of its ranks."""
+
+    folder: str
+    world: int
+    ep: int
+    step: int
+    meta: dict[str, Any]
+
+
+def find(ssd_path: str, run_id: str, *, besides: str) -> Found | None:
+    """The newest committed step of this run in another layout than the folder `besides`."""
+    best: Found | None = None
+    for folder in sorted(Path(ssd_path).glob(f"{run_id}.n*e*")):
+        named = re.fullmatch(r".*\.n(\d+)e(\d+)", folder.name)
+        if named is None or folder.name == besides:
+            continue
+        world, ep = int(named[1]), int(named[2])
+        ranks = [
+            {r.step: r.meta for r in PageReader.records(ssd_path, run_id=folder.name, rank=rank)}
+            for rank in range(world)
+        ]
+        common = set(ranks[0]).intersection(*ranks[1:])
+        if common and (best is None or max(common) > best.step):
+            step = max(common)
+            best = Found(folder.name, world, ep, step, ranks[0][step])
+    return best
+
+
+def read_into(
+    state: Mapping[str, StateRows],
+    found: Found,
+    *,
+    ssd_path: str,
+    units: Sequence[tuple[str, Sequence[Named]]],
+    pages: PageMap,
+    dtype: torch.dtype,
+    kinds: Mapping[str, str],
+    fingerprint: Any,
+) -> None:
+    """Fill `state` from the pages of a found step. kinds: prefix of a name -> what it is.
+
+    Raises CheckpointError for a damaged page, or pages of another model or format.
+    """
+    for rank in range(found.world):
+        layout = make_layout(units, world=found.world, ep=found.ep, rank=rank)
+        reader = PageReader(ssd_path, run_id=found.folder, rank=rank, step=found.step)
+        old = PageMap(layout.numel, reader.identity.page_bytes, pages.format)
+        if fingerprint(old, layout) != reader.identity.layout:
+            rule = "holds pages of another model, precision or engine.moments"
+            remedy = "start with the recipe of that run, or name another engine.ssd_path"
+            raise CheckpointError(line("engine.ssd_path", reader.path, rule, remedy))
+        states = PagedStates(ReadStore(reader), old, dtype)
+        for group, slot in layout.slots():
+            for prefix, what in kinds.items():
+                mine = state[prefix + slot.name]
+                there = PageRows(states, group, slot, what)
+                part = there.within(mine.first_row, mine.first_row + mine.num_rows)
+                if part.num_rows:
+                    assert isinstance(mine, PageRows)
+                    last = part.first_row + part.num_rows
+                    mine.within(part.first_row, last).write(part.read())
+
+
+class ReadStore:
+    """A store of pages that are only read, a few of them kept."""
+
+    def __init__(self, reader: PageReader) -> None:
+        self.reader = reader
+        self._kept: OrderedDict[int, Tensor] = OrderedDict()
+
+    def hold(self, page: int, *, write: bool = False) -> Tensor:
+        assert not write, page
+        if page not in self._kept:
+            if len(self._kept) == KEPT_PAGES:
+                self._kept.popitem(last=False)
+            self._kept[page] = self.reader.read(page)
+        self._kept.move_to_end(page)
+        return self._kept[page]
+
+    def release(self, page: int, *, dirty: bool = False) -> None:
+        assert not dirty, page
+
+    def note(self, what: str) -> None:
+        del what
+
+    def commit(self, step: int, meta: dict[str, Any]) -> None:
+        raise AssertionError("read only")
+
+    def wait_commit(self) -> None: ...
+
+    def report(self) -> dict[str, float]:
+        return {}
+
+    def close(self) -> None: ...
