@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 WINDOW = 64
 LATE = 32
+MOST_LATE = 32
 
 
 class Order(Protocol):
@@ -44,11 +45,14 @@ class Follower:
         for order in schedule.orders:
             self._orders.setdefault(order.at, []).append(order)
         self._ahead: set[int] = set()
+        self.late: list[Order] = []
+        "Orders put off for want of a frame; at most MOST_LATE."
 
     def begin(self) -> list[Order]:
         """A step begins; returns what is due before its first access."""
         self.position = -1
         self._ahead.clear()
+        self.late = [order for order in self.late if order.needed_at <= order.at]
         return self._orders.get(-1, [])
 
     def saw(self, page: int) -> Sequence[Order]:
@@ -66,7 +70,17 @@ class Follower:
 
     def needed(self, order: Order) -> int:
         """Position at which the order's page is used, counted on into the next step."""
-        return order.needed_at + (len(self.pages) if order.needed_at <= order.at else 0)
+        wraps = order.needed_at <= order.at and self.position >= order.at
+        return order.needed_at + (len(self.pages) if wraps else 0)
+
+    def put_off(self, order: Order) -> None:
+        if len(self.late) < MOST_LATE:
+            self.late.append(order)
+
+    def with_late(self, orders: Sequence[Order]) -> list[Order]:
+        """What was put off and is still ahead of its need, then `orders`."""
+        late, self.late = self.late, []
+        return [order for order in late if self.needed(order) > self.position] + [*orders]
 
     def _move(self, to: int) -> Sequence[Order]:
         """To `to`, and over all after it that have happened; orders of what is passed are due."""

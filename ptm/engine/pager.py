@@ -67,6 +67,8 @@ class Pager:
         self.free = list(range(frames.num_frames - 1, -1, -1))
         self.wants: deque[int] = deque()
         "Prefetches that wait for a leaving page's frame."
+        self.queued: set[int] = set()
+        "Pages being fetched ahead of need of which the read has not begun."
         self.num_fetching = 0
         self.waiting: dict[int, int] = {}
         "Threads that wait for a frame, and for which page."
@@ -101,15 +103,16 @@ class Pager:
                 self.check()
                 frame = self.free.pop() if self.free else None
                 if frame is None and self.idle and len(self.leaving) < len(self.waiting):
-                    frame = self.evict(self.policy.victim(self.idle.keys(), self.position))
+                    victim = self.policy.victim(self.idle.keys(), self.position)
+                    frame = self.evict(victim, urgent=True)
                 if frame is not None:
                     self._begin_fetch(page, frame)
                     return frame
                 # Twice, as a thread may just be releasing what another held.
                 was_stuck = self._is_stuck()
-                if not self.changed.wait(GRACE_S if was_stuck else STUCK_S) and (
-                    not was_stuck or self._is_stuck()
-                ):
+                waited_s = GRACE_S if was_stuck else None if self.parked else STUCK_S
+                in_vain = not self.changed.wait(waited_s)
+                if in_vain and (not was_stuck or self._is_stuck()):
                     raise OutOfPages(self.table(page))
             return None
         finally:
@@ -156,48 +159,61 @@ class Pager:
             self.changed.notify_all()
 
     def _load_ahead(self, page: int) -> None:
+        with self.lock:
+            if not self.take_over(page):
+                return  # somebody could not wait, and reads it in the own thread
         with contextlib.suppress(BaseException):  # kept for the next who asks
             self.load(page, ahead=True)
 
-    def prefetch(self, page: int, *, evicts: int | None, may_evict: Callable[[int], bool]) -> None:
+    def take_over(self, page: int) -> bool:
+        """Is `page` still to be read? Then the caller has to `load` it, and nobody else will."""
+        was_queued = page in self.queued
+        self.queued.discard(page)
+        return was_queued
+
+    def prefetch(self, page: int, *, evicts: int | None, may_evict: Callable[[int], bool]) -> bool:
         """Start to fetch `page` if that is possible without waiting for anybody who holds a page.
 
-        Takes a free frame, or the frame of `evicts`, or one of a page that the policy names and
-        `may_evict` allows. Demand goes first: nothing happens while a thread waits for a frame.
+        Takes a free frame; or the frame of `evicts`, once that is released; or, if that is gone,
+        the frame of a page that the policy names and `may_evict` allows. Demand goes first: nothing
+        happens while a thread waits for a frame.
+        Returns whether the page is there or on its way.
         """
         self.stay(page)
         if self.state[page] == READY and not self.holds[page]:
             self.fresh.add(page)
         if self.state[page] != ABSENT or self.ssd is None or self.failure is not None:
-            return
+            return True
         if self.free:
-            return self._fetch_ahead(page, self.free.pop())
+            self._fetch_ahead(page, self.free.pop())
+            return True
         victim = evicts
-        if self.waiting or not self.idle:
+        if self.waiting or not self.idle or (evicts is not None and self.holds[evicts]):
             victim = None
         elif victim not in self.idle:
             victim = self.policy.victim(self.idle.keys(), self.position)
             victim = victim if victim not in self.fresh and may_evict(victim) else None
         if victim is None:
-            self.num_given_up += 1
-            return
+            return False
         frame = self.evict(victim)
         if frame is None:
             self.wants.append(page)
         else:
             self._fetch_ahead(page, frame)
+        return True
 
     def _fetch_ahead(self, page: int, frame: int) -> None:
         assert self.ssd is not None
         self._begin_fetch(page, frame)
+        self.queued.add(page)
         self.ssd.threads.submit(self._load_ahead, page)
 
-    def evict(self, page: int) -> int | None:
+    def evict(self, page: int, *, urgent: bool = False) -> int | None:
         """Send an idle page down: its frame if it is clean, None if it has to be written first."""
         assert page in self.idle, f"page {page} cannot be evicted now"
         if page in self.dirty:
             self.leaving.add(page)
-            self.write_back(page)
+            self.write_back(page, urgent=urgent)
             return None
         del self.idle[page]
         return self._drop(page)
@@ -303,13 +319,16 @@ class Pager:
         self.changed.notify_all()
 
     def reset(self) -> None:
-        """Drop all pages, written or not. Nothing may be held or in flight."""
+        """Drop all pages, written or not, once none is on its way. None may be held."""
+        self.wants.clear()
+        while self.writing or self.num_fetching:
+            self.check()
+            self.changed.wait()
         assert not any(self.holds), "pages are held"
-        assert not (self.writing or self.num_fetching), "pages are in flight"
         for page in range(len(self.state)):
             if self.state[page] == READY:
                 self.free.append(self._drop(page))
-        for pages in (self.idle, self.parked, self.dirty, self.unflushed):
+        for pages in (self.idle, self.parked, self.dirty):
             pages.clear()
 
     def table(self, page: int) -> str:

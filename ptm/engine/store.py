@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -119,7 +119,7 @@ class PageStore:
                 orders = follower.saw(page)
                 pager.position = follower.position
                 self._policy.touched(page, pager.position)
-                if orders:
+                if orders or follower.late:
                     self._issue(follower, orders)
             else:
                 self._policy.touched(page, 0)
@@ -147,12 +147,15 @@ class PageStore:
             if count == 0:
                 assert page not in pager.writers, f"page {page} was held for writing: dirty=True"
                 pager.settle(page)
+                if self._follower is not None and self._follower.late:
+                    self._issue(self._follower, ())
 
     def prefetch(self, pages: Iterable[int]) -> None:
         """Start to bring `pages` in, as far as frames come free; waits for nothing."""
         with self._lock:
             for page in pages:
-                self._pager.prefetch(page, evicts=None, may_evict=lambda victim: True)
+                if not self._pager.prefetch(page, evicts=None, may_evict=lambda victim: True):
+                    self._pager.num_given_up += 1
 
     def discard(self, pages: Iterable[int]) -> None:
         """Forget the content of pages that are not durable and not held: zeros at the next hold,
@@ -287,9 +290,9 @@ class PageStore:
                 if page not in pager.writing:
                     pager.write_back(page, urgent=True)
                 pager.changed.wait()
-            elif state == FETCHING:
+            elif state == FETCHING and page not in pager.queued:
                 pager.changed.wait()
-            elif pager.frame_for(page) is not None:
+            elif pager.take_over(page) or pager.frame_for(page) is not None:
                 self._lock.release()
                 try:
                     pager.load(page, ahead=False)
@@ -300,16 +303,18 @@ class PageStore:
         self._waited_s += elapsed
         return elapsed
 
-    def _issue(self, follower: Follower, orders: Iterable[Order]) -> None:
-        """Start what the schedule orders now, unless that costs a page which is needed sooner."""
+    def _issue(self, follower: Follower, orders: Sequence[Order]) -> None:
+        """Start what the schedule orders now, unless that costs a page which is needed sooner; what
+        finds no frame is tried again at each hold and release, until the page is needed."""
         schedule, position = follower.schedule, follower.position
-        for order in orders:
+        for order in follower.with_late(orders):
             needed = follower.needed(order)
-            self._pager.prefetch(
+            if not self._pager.prefetch(
                 order.page,
                 evicts=order.evicts,
                 may_evict=lambda page: schedule.next_use(page, position) > needed,  # noqa: B023
-            )
+            ):
+                follower.put_off(order)
 
 
 def _check_budget(num_pages: int, num_frames: int, page_bytes: int, ssd: SsdTier | None) -> None:

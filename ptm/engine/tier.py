@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 import xxhash
 
-from ptm.common.errors import CheckpointError, PlanError, line
+from ptm.common.errors import CheckpointError, OutOfPages, PlanError, line
 from ptm.common.units import format_bytes
 from ptm.engine.disk import File, FolderLock, check_disk, disk_errors, path_line, sync_folder
 from ptm.engine.record import Identity, RecordLog, refuse_another
@@ -38,8 +38,18 @@ class Frames:
         self.page_bytes = page_bytes
         self.num_frames = num_frames
         num_bytes = num_frames * page_bytes
-        arena = mmap.mmap(-1, max(num_bytes, mmap.PAGESIZE))
-        if num_bytes >= 2 << 20 and hasattr(mmap, "MADV_HUGEPAGE"):
+        try:
+            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+            arena = mmap.mmap(-1, max(num_bytes, mmap.PAGESIZE), flags=flags)
+        except OSError as error:
+            rule = f"cannot be had ({error.strerror})"
+            raise OutOfPages(
+                line("engine.cpu_bytes", format_bytes(num_bytes), rule, "lower it")
+            ) from error
+        # NOTE a fork in the middle of an O_DIRECT read into private memory can send what is read
+        # to the child: open(2).
+        arena.madvise(mmap.MADV_DONTFORK)
+        if num_bytes >= 2 << 20:
             with contextlib.suppress(OSError):  # only speed: fewer faults, longer requests
                 arena.madvise(mmap.MADV_HUGEPAGE)
         self.arena = torch.frombuffer(arena, dtype=torch.uint8)[:num_bytes]

@@ -175,48 +175,82 @@ def test_nothing_is_recorded_before_its_pages_are_synced(tmp_path: Path) -> None
         back.close()
 
 
-def child(path: str, seed: int, started) -> None:
-    """Continue from the newest commit, whatever that is, until killed."""
-    where = Path(path)
-    if RecordLog(where, run_id="run", rank=0).read():
-        store = reopened(where, num_frames=5, store={"policy": AnyPage(seed)}, **SHAPE)
-        newest = store.records()[-1][0]
-        store.restore(newest)
-    else:
-        store = new_store(where, num_frames=5, store={"policy": AnyPage(seed)}, **SHAPE)
-        newest = 0
+class Agreement:
+    """What several ranks, here threads, have committed: none goes on before all have."""
+
+    def __init__(self, world: int) -> None:
+        self.steps, self.changed = [0] * world, threading.Condition()
+
+    def of(self, rank: int):
+        def agree(step: int) -> None:
+            with self.changed:
+                self.steps[rank] = max(self.steps[rank], step)
+                self.changed.notify_all()
+                self.changed.wait_for(lambda: min(self.steps) >= step)
+
+        return agree
+
+
+def newest_common(path: Path, world: int) -> int:
+    """Newest step that all ranks have committed, 0 for none."""
+    found = [PageReader.records(path, run_id="run", rank=rank) for rank in range(world)]
+    return max(set.intersection(*({r.step for r in records} for records in found)), default=0)
+
+
+def child(path: str, world: int, seed: int, started) -> None:
+    """Ranks as threads that continue from the newest common commit until killed."""
+    where, agreement = Path(path), Agreement(world)
+    step = newest_common(where, world)
+    stores = []
+    for rank in range(world):
+        options = {"policy": AnyPage(seed + rank), "agree": agreement.of(rank)}
+        given = {"store": options, "num_frames": 5, "rank": rank, "world": world}
+        if step:
+            stores.append(reopened(where, **given, **SHAPE))
+            stores[-1].restore(step)
+        else:
+            ssd = SsdTier.create(where, identity(rank=rank, world=world, **SHAPE), replace=True)
+            stores.append(store_on(ssd, num_frames=5, **options))
     started.set()
-    run_steps(store, newest + 1, newest + 100_000, seed=seed)
+    threads = [
+        threading.Thread(target=run_steps, args=(store, step + 1, 10**6), kwargs={"seed": seed + i})
+        for i, store in enumerate(stores)
+    ]
+    for thread in threads:
+        thread.start()
 
 
-def test_a_kill_at_any_time_costs_at_most_one_commit(tmp_path: Path) -> None:
-    """40 kills of one run that goes on each time from where it was. After each, both records that
-    are there are read whole: the newest, and what a rank falls back to is still a record."""
+@pytest.mark.parametrize(
+    ("world", "kills"), [(1, 40), (2, 40), pytest.param(3, 300, marks=pytest.mark.slow)]
+)
+def test_a_kill_at_any_time_costs_at_most_one_commit(
+    tmp_path: Path, world: int, kills: int
+) -> None:
+    """Kills of one run that goes on each time from where it was. After each, all ranks have a step
+    in common, not older than that after the kill before, and all its pages are whole."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.engine.test_commit"])
-    newest = 0
-    for kill in range(40):
+    common = 0
+    for kill in range(kills):
         started = context.Event()
-        process = context.Process(target=child, args=(str(tmp_path), kill, started))
+        process = context.Process(target=child, args=(str(tmp_path), world, kill, started))
         process.start()
         assert started.wait(60)
         time.sleep(random.Random(kill).random() * 0.06)
         os.kill(process.pid, signal.SIGKILL)
         process.join()
         assert process.exitcode == -signal.SIGKILL
-        records = PageReader.records(tmp_path, run_id="run", rank=0)
-        if not records:
-            assert newest == 0
-            continue
-        steps = [record.step for record in records]
-        assert steps[-1] >= newest and steps == list(range(steps[0], steps[-1] + 1))
-        newest = steps[-1]
-        reader = PageReader(tmp_path, run_id="run", rank=0, step=newest)
-        for page in SHAPE["durable"]:
-            values = reader.read(page).view(torch.int64)
-            assert bool((values == mixed(newest, page)).all()), f"page {page} after kill {kill}"
-        reader.close()
-    assert newest > 40
+        found = newest_common(tmp_path, world)
+        newest = [PageReader.records(tmp_path, run_id="run", rank=rank) for rank in range(world)]
+        assert found >= common and all(r[-1].step <= found + 1 for r in newest if r)
+        common = found
+        for rank in range(world if common else 0):
+            reader = PageReader(tmp_path, run_id="run", rank=rank, step=common)
+            for page in SHAPE["durable"]:
+                values = reader.read(page).view(torch.int64)
+                assert bool((values == mixed(common, page)).all()), f"{page=} {rank=} {kill=}"
+            reader.close()
+    assert common > kills
 
 
 def used_slots(path: Path) -> list[int]:
