@@ -73,9 +73,14 @@ def train(recipe: Recipe) -> None:
 
 
 def make_plan(
-    recipe: Recipe, *, ranks: env.Ranks | None = None, hardware: str | None = None
+    recipe: Recipe,
+    *,
+    ranks: env.Ranks | None = None,
+    hardware: str | None = None,
+    may_measure: bool = False,
 ) -> Plan:
-    """The plan on this machine or a described one. Raises PlanError if it does not fit."""
+    """The plan on this machine or a described one; may_measure: take seconds to learn how fast it
+    is. Raises PlanError if it does not fit."""
     return plan_run(
         recipe.model,
         recipe.train,
@@ -85,6 +90,7 @@ def make_plan(
         hardware=hardware,
         folders=[path.parent / "hardware" for path in list(shipped().values())[:1]],
         others=_other_scales(recipe),
+        may_measure=may_measure,
     )
 
 
@@ -145,6 +151,7 @@ def open_run(recipe: Recipe, plan: Plan) -> Iterator[Parts]:
             recipe.checkpoint,
             run_id=state.run_id,
             peers=peers,
+            stream=recipe.engine.ssd_path is not None,
             on_saved=functools.partial(note_saved, metrics),
         )
         stack.callback(saver.close)

@@ -27,6 +27,7 @@ from ptm.jobs import BenchJob, DataJob, EvalJob, GenerateJob, PlanJob, ReportJob
 from ptm.mesh.mesh import open_mesh
 from ptm.model.transformer import Transformer
 from ptm.parts import Batches
+from ptm.planner.hardware import counted
 from ptm.recipe import load_recipe
 from ptm.report.html import write_report
 from ptm.serve.generator import Sampling, stream_text
@@ -37,10 +38,12 @@ BENCHES = {"router": router.run}
 def plan(job: PlanJob) -> None:
     """Print the plan, or leave with code 3."""
     ranks = None
-    if job.ranks is not None:
-        ranks = env.Ranks(0, job.ranks, 0, min(job.ranks, job.ranks_per_machine))
+    num_ranks = job.ranks or (counted(job.hardware)[0] if job.hardware else None)
+    if num_ranks is not None:
+        ranks = env.Ranks(0, num_ranks, 0, min(num_ranks, job.ranks_per_machine))
     if env.ranks().rank == 0:
-        print(make_plan(job, ranks=ranks, hardware=job.hardware).text(), end="")
+        found = make_plan(job, ranks=ranks, hardware=job.hardware, may_measure=True)
+        print(found.text(), end="")
 
 
 def generate(job: GenerateJob) -> None:

@@ -2,8 +2,9 @@
 
     plan_run(recipe.model, recipe.train, recipe.engine, recipe.checkpoint, ranks=env.ranks())
 
-Nothing is allocated: sizes are formulas (ptm/planner/cost.py), so the plan of the 40 B model takes
-the time of the imports. The sections are passed one by one because the recipe is two floors above.
+Nothing is allocated: sizes are formulas (ptm/planner/states.py, activations.py), so the plan of
+the 40 B model takes the time of the imports. The sections are passed one by one because the
+recipe is two floors above.
 """
 
 from __future__ import annotations
@@ -13,14 +14,16 @@ from pathlib import Path
 from typing import Protocol
 
 from ptm.common.env import Ranks
-from ptm.common.errors import PlanError, line
+from ptm.common.errors import PlanError, RecipeError, line
 from ptm.common.plan import Plan
-from ptm.common.units import MIB, format_bytes
-from ptm.engine.config import EngineConfig
+from ptm.common.units import format_bytes, parse_bytes
+from ptm.engine.config import EngineConfig, MomentsKind
 from ptm.model.config import ModelConfig
-from ptm.planner.cost import Job
 from ptm.planner.hardware import Hardware, detect, load
-from ptm.planner.search import Change, changes, price
+from ptm.planner.job import Job
+from ptm.planner.price import plan_of, price
+from ptm.planner.probe import with_speed
+from ptm.planner.search import Change, changes
 
 
 class TrainSection(Protocol):
@@ -55,48 +58,95 @@ def plan_run(
     hardware: str | None = None,
     folders: Sequence[Path] = (),
     others: Iterable[tuple[str, ModelConfig, TrainSection]] = (),
+    may_measure: bool = False,
 ) -> Plan:
     """The plan of a run on this machine, or on the described machine `hardware` (a name or file).
 
     `folders` hold descriptions of machines. `others` are words that choose another size of the
     recipe, with its sections, to be offered if this one does not fit; it is read only then.
+    may_measure: take the few seconds that it needs to learn how fast this machine is, where that
+    is not known yet.
     Raises PlanError when the run does not fit, RecipeError for a bad description.
     """
+    machine = _machine(ranks, hardware, folders, engine)
+    wanted = job_of(model, train, engine, checkpoint, ranks=ranks.world, device=machine.device)
     if hardware is None:
-        machine = detect(local_ranks=ranks.local_world)
-    else:
-        machine = load(hardware, folders=folders)
-
-    def job(model: ModelConfig, train: TrainSection) -> Job:
-        return Job(
-            model=model,
-            ranks=ranks.world,
-            seq_len=train.seq_len,
-            batch_tokens=train.batch_tokens,
-            micro_batch_size=train.micro_batch_size,
-            precision=str(train.precision),
-            recompute=str(train.recompute),
-            bucket_bytes=engine.bucket_mib * MIB,
-            has_snapshot=checkpoint.background,
-            device=machine.device,
+        machine = with_speed(machine, wanted, may_measure=may_measure)
+    if not price(wanted, machine).memory.fits:
+        sizes = (
+            (
+                words,
+                job_of(m, t, engine, checkpoint, ranks=ranks.world, device=machine.device),
+            )
+            for words, m, t in others
         )
-
-    wanted = job(model, train)
-    plan = price(wanted, machine)
-    if not plan.fits:
-        sizes = ((words, job(model, train)) for words, model, train in others)
         raise refusal(wanted, machine, others=sizes)
-    return plan
+    return plan_of(wanted, machine, is_compared=True)
+
+
+def _machine(
+    ranks: Ranks, hardware: str | None, folders: Sequence[Path], engine: EngineConfig
+) -> Hardware:
+    if hardware is not None:
+        return load(hardware, folders=folders)
+    path = None if engine.ssd_path is None else Path(engine.ssd_path)
+    return detect(local_ranks=ranks.local_world, ssd_path=path)
+
+
+def job_of(
+    model: ModelConfig,
+    train: TrainSection,
+    engine: EngineConfig,
+    checkpoint: CheckpointSection,
+    *,
+    ranks: int,
+    device: str,
+) -> Job:
+    """What the planner needs of the sections. Raises RecipeError for an ep that divides nothing."""
+    if ranks % engine.ep or model.num_experts % engine.ep:
+        rule = f"must divide {ranks:,} ranks and {model.num_experts} experts"
+        fits = [n for n in range(1, ranks + 1) if ranks % n == model.num_experts % n == 0]
+        raise RecipeError(line("engine.ep", engine.ep, rule, f"give one of {fits}"))
+
+    def budget(key: str) -> int | None:
+        value = getattr(engine, key)
+        return None if value is None else parse_bytes(value, key=f"engine.{key}")
+
+    return Job(
+        model=model,
+        ranks=ranks,
+        seq_len=train.seq_len,
+        batch_tokens=train.batch_tokens,
+        micro_batch_size=train.micro_batch_size,
+        precision=str(train.precision),
+        recompute=str(train.recompute),
+        has_snapshot=checkpoint.background,
+        device=device,
+        zero=engine.zero,
+        ep=engine.ep,
+        chunks=engine.chunks,
+        page_bytes=engine.page_bytes,
+        is_int8=engine.moments is MomentsKind.int8,
+        update=str(engine.update),
+        cpu_bytes=budget("cpu_bytes"),
+        gpu_bytes=budget("gpu_bytes"),
+        ssd_bytes=budget("ssd_bytes"),
+        has_ssd=engine.ssd_path is not None,
+        journal_every=engine.journal_every,
+    )
 
 
 def refusal(job: Job, hardware: Hardware, *, others: Iterable[tuple[str, Job]] = ()) -> PlanError:
     """The error of a plan that does not fit: one line, the table, and what would fit."""
-    plan = price(job, hardware)
-    needed, there = format_bytes(plan.needed_bytes), format_bytes(plan.there_bytes)
+    plan = plan_of(job, hardware, is_compared=True)
+    worst = price(job, hardware).memory.worst
+    needed, there = format_bytes(worst.needed_bytes), format_bytes(worst.there_bytes)
+    what = {"gpu": "", "cpu": "" if job.device == "cpu" else " in the host's memory"}
+    where = what.get(worst.name, f" ({worst.why})")
     first = line(
         "model.scale",
         plan.scale,
-        f"needs {needed} per rank, {there} are there",
+        f"needs {needed} per rank{where}, {there} are there",
         "make one of the changes below, each of which fits",
     )
     offers = "\n".join(_offer(change) for change in changes(job, hardware, others))

@@ -3,6 +3,12 @@
     device: cuda             # or cpu
     ranks_per_node: 8        # devices of a machine, or processes that share its RAM
     memory: 80GiB            # of one device, or of the machine when the device is the CPU
+    host_memory: 2TiB        # of the machine, beside its devices; none is 0
+    ssd: 20TiB               # of the machine; none is 0
+    speed: {...}             # ptm/planner/speed.py; without it plans have no times
+
+A name stands for NAME.yaml; `16xH200` for 16 ranks on such machines: h200, or h200 with its number
+of devices, in capitals or not.
 
 On the CPU the memory of a machine is the least of: what the kernel says is available, what the
 cgroup (v1 or v2, this one and all above it) still allows, shared between the ranks of the machine;
@@ -13,7 +19,9 @@ swap, which is never planned with.
 
 from __future__ import annotations
 
+import re
 import resource
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,25 +32,41 @@ import yaml
 
 from ptm.common.errors import RecipeError, line
 from ptm.common.units import format_bytes, parse_bytes
+from ptm.planner.speed import Speed, parse_speed
 
 _USABLE = 0.97
 """Share of a described device's memory that a process gets; the driver keeps the rest."""
 _LONGEST_FILE = 65_536
+_COUNTED = re.compile(r"(\d{1,7})x(.+)", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hardware:
-    """Memory of one rank, and how many ranks one machine has."""
+    """Memory and speed of one rank, and how many ranks one machine has."""
 
     name: str
     device: str
     ranks_per_node: int
     rank_bytes: int
     why: str
+    host_bytes: int = 0
+    """Memory of the host for one rank; 0 where the device is the CPU, whose memory it is."""
+    host_why: str = ""
+    ssd_bytes: int = 0
+    ssd_why: str = ""
+    speed: Speed | None = None
+    speed_why: str = ""
 
 
-def detect(*, local_ranks: int = 1, device: str | None = None) -> Hardware:
-    """This machine, shared by `local_ranks` processes; without `device`, cuda where it is there."""
+def detect(
+    *, local_ranks: int = 1, device: str | None = None, ssd_path: Path | None = None
+) -> Hardware:
+    """This machine, shared by `local_ranks` processes; without `device`, cuda where it is there.
+
+    Its speed is not known yet: ptm/planner/probe.py measures it.
+    """
+    ssd_bytes = _free_on(ssd_path) // local_ranks if ssd_path is not None else 0
+    ssd_why = f"free on the disk of {ssd_path}, for one of {local_ranks} ranks"
     if device is None:
         device = "cuda" if _cuda_is_there() else "cpu"
     if device == "cuda":
@@ -50,19 +74,20 @@ def detect(*, local_ranks: int = 1, device: str | None = None) -> Hardware:
 
         free_bytes, total_bytes = torch.cuda.mem_get_info()
         why = f"free of {format_bytes(total_bytes)} on {torch.cuda.get_device_name()}"
+        host_bytes, host_why = _host(local_ranks)
         return Hardware(
             name="this machine",
             device=device,
             ranks_per_node=local_ranks,
             rank_bytes=free_bytes,
             why=why,
+            host_bytes=host_bytes,
+            host_why=host_why,
+            ssd_bytes=ssd_bytes,
+            ssd_why=ssd_why,
         )
     process = psutil.Process().memory_info()
-    free = [(psutil.virtual_memory().available, "available RAM"), *cgroup_free()]
-    free_bytes, why = min(free)
-    rank_bytes = free_bytes // local_ranks + process.rss
-    if local_ranks > 1:
-        why = f"{format_bytes(free_bytes)} of {why} / {local_ranks} ranks"
+    rank_bytes, why = _host(local_ranks)
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     if limit != resource.RLIM_INFINITY and limit - process.vms + process.rss < rank_bytes:
         # The limit counts mapped memory: what is mapped and not resident is lost to the run.
@@ -74,7 +99,24 @@ def detect(*, local_ranks: int = 1, device: str | None = None) -> Hardware:
         ranks_per_node=local_ranks,
         rank_bytes=rank_bytes,
         why=why,
+        ssd_bytes=ssd_bytes,
+        ssd_why=ssd_why,
     )
+
+
+def _host(local_ranks: int) -> tuple[int, str]:
+    """Memory of this machine for one rank, what this process holds included."""
+    free = [(psutil.virtual_memory().available, "available RAM"), *cgroup_free()]
+    free_bytes, why = min(free)
+    if local_ranks > 1:
+        why = f"{format_bytes(free_bytes)} of {why} / {local_ranks} ranks"
+    return free_bytes // local_ranks + psutil.Process().memory_info().rss, why
+
+
+def _free_on(path: Path) -> int:
+    """Free bytes on the disk that holds `path`, which need not exist yet."""
+    there = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+    return shutil.disk_usage(there).free
 
 
 def _cuda_is_there() -> bool:
@@ -135,10 +177,16 @@ def _stat(path: Path, name: str) -> int:
     return next((int(value) for key, value in (text.split() for text in lines) if key == name), 0)
 
 
+def counted(name: str) -> tuple[int | None, str]:
+    """`16xH200` as 16 and H200; a name without a number as it is."""
+    matched = _COUNTED.fullmatch(name)
+    return (int(matched[1]), matched[2]) if matched else (None, name)
+
+
 def load(name: str, *, folders: Sequence[Path] = ()) -> Hardware:
     """The machine a YAML file describes, or NAME.yaml in one of `folders`. Raises RecipeError."""
     known = {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"))}
-    path = known.get(name, Path(name))
+    path = _find(name, known)
     if not path.is_file():
         choices = ", ".join(known) or "none"
         raise RecipeError(
@@ -155,24 +203,48 @@ def load(name: str, *, folders: Sequence[Path] = ()) -> Hardware:
     return _described(path.stem, described)
 
 
+def _find(name: str, known: dict[str, Path]) -> Path:
+    wanted = counted(name)[1].lower() if counted(name)[0] else name
+    for stem, path in known.items():
+        if wanted in (stem, re.sub(r"-\d+$", "", stem)):
+            return path
+    return Path(name)
+
+
 def _described(name: str, keys: Any) -> Hardware:
     wanted = ("device", "ranks_per_node", "memory")
-    if not isinstance(keys, dict) or set(keys) != set(wanted):
+    known = {*wanted, "host_memory", "ssd", "speed"}
+    if not isinstance(keys, dict) or set(wanted) - set(keys) or set(keys) - known:
         found = ", ".join(map(str, keys)) if isinstance(keys, dict) else type(keys).__name__
-        raise RecipeError(
-            line("hardware", name, f"must have the keys {', '.join(wanted)}", f"it has: {found}")
-        )
+        rule = f"must have the keys {', '.join(wanted)}, and may have host_memory, ssd, speed"
+        raise RecipeError(line("hardware", name, rule, f"it has: {found}"))
     device, ranks = keys["device"], keys["ranks_per_node"]
     if device not in ("cpu", "cuda"):
         raise RecipeError(line("hardware.device", device, "must be cpu or cuda", "change it"))
     if not isinstance(ranks, int) or isinstance(ranks, bool) or not 1 <= ranks <= 4096:
         raise RecipeError(line("hardware.ranks_per_node", ranks, "must be 1 to 4096", "change it"))
+
+    def share(key: str) -> tuple[int, str]:
+        """One rank's share of a thing of the machine."""
+        whole = parse_bytes(keys.get(key, 0), key=f"hardware.{key}")
+        return int(whole * _USABLE) // ranks, f"{_USABLE:.0%} of {format_bytes(whole)} / {ranks}"
+
     memory = parse_bytes(keys["memory"], key="hardware.memory")
-    usable = int(memory * _USABLE)
-    if device == "cuda":
-        why = f"{_USABLE:.0%} of {format_bytes(memory)}"
-        return Hardware(name=name, device=device, ranks_per_node=ranks, rank_bytes=usable, why=why)
-    why = f"{_USABLE:.0%} of {format_bytes(memory)} / {ranks} ranks"
+    rank_bytes, why = int(memory * _USABLE), f"{_USABLE:.0%} of {format_bytes(memory)}"
+    if device == "cpu":
+        rank_bytes, why = share("memory")
+    host_bytes, host_why = share("host_memory")
+    ssd_bytes, ssd_why = share("ssd")
     return Hardware(
-        name=name, device=device, ranks_per_node=ranks, rank_bytes=usable // ranks, why=why
+        name=name,
+        device=device,
+        ranks_per_node=ranks,
+        rank_bytes=rank_bytes,
+        why=why,
+        host_bytes=host_bytes if device == "cuda" else 0,
+        host_why=host_why,
+        ssd_bytes=ssd_bytes,
+        ssd_why=ssd_why,
+        speed=parse_speed(keys["speed"]) if "speed" in keys else None,
+        speed_why=f"rates of {name}.yaml",
     )

@@ -1,4 +1,4 @@
-"""Price a job on a machine, and find what else would fit where it does not.
+"""What else would fit where a job does not.
 
 Changes are tried from the mildest to the hardest, each priced like the job itself: first what
 leaves the model as it is, then other sizes that the recipe has, then more machines, then a smaller
@@ -10,16 +10,17 @@ counts, not speed.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
 from ptm.common.plan import Plan
 from ptm.common.units import GIB, format_bytes
-from ptm.model.config import active_parameters, flops_per_token, num_parameters
-from ptm.planner import cost
-from ptm.planner.cost import Job
 from ptm.planner.hardware import Hardware
+from ptm.planner.job import Job
+from ptm.planner.memory import Memory
+from ptm.planner.price import plan_of, price
 
 ENOUGH = 3
 """Changes to offer at least."""
@@ -31,34 +32,6 @@ class Change(NamedTuple):
 
     words: str
     plan: Plan
-
-
-def price(job: Job, hardware: Hardware) -> Plan:
-    """The plan of a job, whether it fits or not."""
-    per_rank = job.rank_rows
-    return Plan(
-        scale=job.model.scale.value,
-        ranks=job.ranks,
-        num_parameters=num_parameters(job.model),
-        active_parameters=active_parameters(job.model),
-        flops_per_token=flops_per_token(job.model, job.seq_len),
-        seq_len=job.seq_len,
-        batch_tokens=job.batch_tokens,
-        micro_batch_size=job.micro_rows,
-        micro_batches=-(-per_rank // job.micro_rows),
-        precision=job.precision,
-        recompute=job.recompute,
-        needs=cost.needs(job),
-        machine=_machines(job.ranks, hardware),
-        there_bytes=hardware.rank_bytes,
-        there_why=hardware.why,
-        checkpoint_bytes=num_parameters(job.model) * cost.MASTER_AND_MOMENTS,
-    )
-
-
-def _machines(ranks: int, hardware: Hardware) -> str:
-    count = -(-ranks // hardware.ranks_per_node)
-    return hardware.name if count == 1 else f"{count:,} machines ({hardware.name})"
 
 
 def changes(job: Job, hardware: Hardware, others: Iterable[tuple[str, Job]] = ()) -> list[Change]:
@@ -86,9 +59,8 @@ def changes(job: Job, hardware: Hardware, others: Iterable[tuple[str, Job]] = ()
 
 def _fitting(candidates: Iterable[tuple[str, Job]], hardware: Hardware) -> Iterator[Change]:
     for words, job in candidates:
-        plan = price(job, hardware)
-        if plan.fits:
-            yield Change(words, plan)
+        if price(job, hardware).memory.fits:
+            yield Change(words, plan_of(job, hardware))
 
 
 def _one_change(job: Job) -> Iterator[tuple[str, Job]]:
@@ -99,6 +71,11 @@ def _one_change(job: Job) -> Iterator[tuple[str, Job]]:
         yield "train.recompute=block", replace(job, recompute="block")
     if job.has_snapshot:
         yield "checkpoint.background=false", replace(job, has_snapshot=False)
+    if job.zero in (1, 2):
+        yield "engine.zero=3", replace(job, zero=3)
+    most = math.gcd(job.ranks, job.model.num_experts)
+    if most > job.ep and most % job.ep == 0:
+        yield f"engine.ep={most}", replace(job, ep=most)
     if job.precision == "fp32":
         yield "train.precision=bf16", replace(job, precision="bf16")
 
@@ -131,6 +108,7 @@ def _structural(job: Job, hardware: Hardware) -> Iterator[tuple[str, Job]]:
         "model.num_hidden_layers", layers, lambda n: model(num_hidden_layers=n), fits
     )
     experts = _halved(m.num_experts, max(2, m.num_experts_per_tok))
+    experts = [n for n in experts if n % job.ep == 0]
     yield from _largest("model.num_experts", experts, lambda n: model(num_experts=n), fits)
     widths = _halved(m.moe_intermediate_size, 64)
     yield from _largest(
@@ -170,17 +148,38 @@ def _largest(
 
 def _fits_on(hardware: Hardware) -> Callable[[Job], bool]:
     def fits(job: Job) -> bool:
-        return sum(need.size_bytes for need in cost.needs(job)) <= hardware.rank_bytes
+        return price(job, hardware).memory.fits
 
     return fits
 
 
 def _larger_machine(words: str, job: Job, hardware: Hardware) -> Change:
-    needed = price(job, hardware).needed_bytes
-    rounded = -(-needed // GIB) * GIB
-    words = f"{words} on a machine with {format_bytes(rounded)} for each rank".strip()
-    larger = replace(hardware, rank_bytes=rounded, why="as wished")
-    return Change(words.removeprefix("on "), price(job, larger))
+    """Every tier that is too small as large as it must be, in whole GiB."""
+    tiers = {t.name: -(-t.needed_bytes // GIB) * GIB for t in _whole(job, hardware).tiers}
+    main = "gpu" if job.device == "cuda" else "cpu"
+    larger = replace(
+        hardware,
+        rank_bytes=max(hardware.rank_bytes, tiers[main]),
+        why="as wished",
+        host_bytes=max(hardware.host_bytes, tiers["cpu"]) if main == "gpu" else 0,
+        ssd_bytes=max(hardware.ssd_bytes, tiers.get("ssd", 0)),
+    )
+    job = replace(job, cpu_bytes=None, gpu_bytes=None, ssd_bytes=None)
+    needed = " and ".join(
+        f"{format_bytes(size)} of {name}"
+        for name, size, there in (
+            ("RAM" if main == "cpu" else "GPU memory", larger.rank_bytes, hardware.rank_bytes),
+            ("RAM", larger.host_bytes, hardware.host_bytes),
+        )
+        if size > there
+    )
+    words = f"{words} on a machine with {needed} for each rank".strip()
+    return Change(words.removeprefix("on "), plan_of(job, larger))
+
+
+def _whole(job: Job, hardware: Hardware) -> Memory:
+    """The job's memory where budgets of the recipe do not bind."""
+    return price(replace(job, cpu_bytes=None, gpu_bytes=None, ssd_bytes=None), hardware).memory
 
 
 def _halved(value: int, least: int) -> list[int]:

@@ -225,8 +225,6 @@ def test_buffers_by_device() -> None:
     on_gpu = Job(**{**fields(on_cpu), "device": "cuda", "has_snapshot": True})
     assert cost.buffers(on_cpu)["copy for saving"] == 0 < cost.buffers(on_cpu)["heap"]
     assert cost.buffers(on_gpu)["compiled products"] == cost.buffers(on_gpu)["heap"] == 0
-    kinds = [need.kind for need in cost.needs(on_cpu)]
-    assert kinds == ["parameters", "gradients", "optimizer states", "activations", "buffers"]
 
 
 def fields(job: Job) -> dict[str, Any]:

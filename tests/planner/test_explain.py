@@ -16,10 +16,11 @@ from ptm.common.errors import PlanError
 from ptm.common.units import GIB
 from ptm.engine.config import EngineConfig
 from ptm.model.config import ModelConfig, Scale
-from ptm.planner.cost import Job
 from ptm.planner.explain import plan_run, refusal
 from ptm.planner.hardware import Hardware
-from ptm.planner.search import changes, price
+from ptm.planner.job import Job
+from ptm.planner.price import plan_of
+from ptm.planner.search import changes
 
 HARDWARE = Path(__file__).parents[2] / "recipes" / "hardware"
 
@@ -54,7 +55,12 @@ OTHERS = [("model.scale=debug", DEBUG, Train(seq_len=128, batch_tokens=1024))]
 def machine(gib: float, *, device: str = "cpu", ranks_per_node: int = 8) -> Hardware:
     size = int(gib * GIB)
     return Hardware(
-        name="box", device=device, ranks_per_node=ranks_per_node, rank_bytes=size, why="a test"
+        name="box",
+        device=device,
+        ranks_per_node=ranks_per_node,
+        rank_bytes=size,
+        why="a test",
+        host_bytes=2 * size if device == "cuda" else 0,
     )
 
 
@@ -68,7 +74,6 @@ def full_job(ranks: int, device: str = "cpu") -> Job:
         micro_batch_size=train.micro_batch_size,
         precision=train.precision,
         recompute=train.recompute,
-        bucket_bytes=32 * 2**20,
         has_snapshot=True,
         device=device,
     )
@@ -78,9 +83,10 @@ def test_full_model_on_any_number_of_ranks_in_time_and_memory() -> None:
     code = """
         import re, time
         from tests.planner.test_explain import full_job, machine
-        from ptm.planner.search import changes, price
+        from ptm.planner.price import plan_of
+        from ptm.planner.search import changes
         for ranks in (1, 8, 16, 64, 512):
-            plan = price(full_job(ranks), machine(80))
+            plan = plan_of(full_job(ranks), machine(80))
             assert plan.num_parameters == 39_942_842_368, plan.num_parameters
             assert plan.active_parameters == 3_704_055_808, plan.active_parameters
             assert len(changes(full_job(ranks), machine(80))) >= 3
@@ -108,7 +114,7 @@ def test_offered_changes_really_fit(ranks: int, gib: float, device: str) -> None
         if "debug" in change.words or "machine" in change.words:
             continue
         model = dataclasses.replace(model, **{key: int(value) for key, value in keys.items()})
-        told = dict(re.findall(r"(?<![\w.])((?:train\.)?\w+)=(\w+)", change.words))
+        told = dict(re.findall(r"(?<![\w.])((?:train\.|engine\.)?\w+)=(\w+)", change.words))
         again = dataclasses.replace(
             job,
             model=model,
@@ -117,8 +123,9 @@ def test_offered_changes_really_fit(ranks: int, gib: float, device: str) -> None
             micro_batch_size=int(told.get("train.micro_batch_size", job.micro_batch_size)),
             recompute=told.get("train.recompute", job.recompute),
             has_snapshot="checkpoint.background=false" not in change.words,
+            ep=int(told.get("engine.ep", job.ep)),
         )
-        assert price(again, hardware).needed_bytes == change.plan.needed_bytes
+        assert plan_of(again, hardware).needed_bytes == change.plan.needed_bytes
 
 
 def debug_job(ranks: int, device: str) -> Job:
@@ -127,9 +134,9 @@ def debug_job(ranks: int, device: str) -> Job:
 
 def test_mild_changes_come_first() -> None:
     job = dataclasses.replace(
-        debug_job(1, "cuda"), micro_batch_size=64, seq_len=1024, batch_tokens=2**20
+        debug_job(1, "cpu"), micro_batch_size=64, seq_len=1024, batch_tokens=2**20
     )
-    short = price(job, machine(80)).needed_bytes - 2**20
+    short = plan_of(job, machine(80)).needed_bytes - 2**20
     found = changes(job, machine(short / GIB))
     assert found[0].words == "train.micro_batch_size=1"
     assert found[1].words == "train.recompute=block"
@@ -142,7 +149,7 @@ def test_refusal_says_what_is_needed_and_what_would_fit() -> None:
             Train(),
             EngineConfig(),
             Checkpoint(),
-            ranks=Ranks(0, 8, 0, 8),
+            ranks=Ranks(0, 1, 0, 1),
             hardware="h100-8",
             folders=[HARDWARE],
             others=OTHERS,
@@ -150,11 +157,13 @@ def test_refusal_says_what_is_needed_and_what_would_fit() -> None:
     text = str(error.value)
     first, *rest = text.splitlines()
     assert re.fullmatch(
-        r"model.scale=full: needs [\d.,]+ [GT]iB per rank, 77.\d\d GiB are there; .*", first
+        r"model.scale=full: needs [\d.,]+ [GT]iB per rank in the host's memory, "
+        r"248.\d\d GiB are there; .*",
+        first,
     )
     assert error.value.exit_code == 3
-    for kind in ("parameters", "gradients", "optimizer states", "activations", "buffers"):
-        assert any(row.startswith(kind) for row in rest), kind
+    for kind in ("pages", "weights", "gradients", "activations", "buffers"):
+        assert any(row.split()[1:2] == kind.split() for row in rest), kind
     offers = rest[rest.index("what would fit") + 1 :]
     assert len(offers) >= 3 and any("model.scale=debug" in offer for offer in offers)
 
@@ -178,7 +187,7 @@ def test_other_sizes_are_read_only_for_a_refusal() -> None:
 
 
 def test_plan_text_is_plain_and_complete() -> None:
-    text = price(full_job(8), machine(80)).text()
+    text = plan_of(full_job(8), machine(80)).text()
     assert "39,942,842,368 parameters (39.94 B)" in text and "3,704,055,808 (3.70 B)" in text
     assert "1,536 rows of 4,096" in text and "does not fit" in text and "\x1b" not in text
     assert max(map(len, text.splitlines())) <= 110

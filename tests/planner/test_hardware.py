@@ -91,7 +91,10 @@ GOOD = "device: cpu\nranks_per_node: 4\nmemory: 4GiB\n"
         (GOOD.replace("4\n", "0\n", 1), "hardware.ranks_per_node=0"),
         (GOOD.replace("4\n", "true\n", 1), "hardware.ranks_per_node=True"),
         (GOOD.replace("4GiB", "much"), "hardware.memory=much"),
-        (GOOD + "more: 1\n", "must have the keys device, ranks_per_node, memory; it has: .*more"),
+        (
+            GOOD + "more: 1\n",
+            "must have the keys device, ranks_per_node, memory, .*; it has: .*more",
+        ),
         ("- 1\n", "it has: list"),
         ("", "it has: NoneType"),
         ("a: [", "must be readable YAML"),

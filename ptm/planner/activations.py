@@ -1,0 +1,135 @@
+"""What forward and backward of one micro-batch hold beside the states, in closed form.
+
+A step has four moments at which a rank can hold most, and the plan takes the largest; in between,
+and at the embedding in the end, less is held:
+
+    loss       all saved activations, one chunk of logits, the gradient of the head
+    head       the same without logits, while the backward scales that gradient
+    experts    the backward of the last layer's experts: their rows and their weights' gradients
+    attention  that of its attention, which at long sequences makes large blocks of scores
+
+With recompute=block, layers save their input only and one layer at a time is saved whole.
+
+Symbols: T tokens of a micro-batch, D hidden, P attention width, E experts, e experts of this rank,
+A active, F expert hidden, R rows of experts, V vocabulary, c bytes of the compute format.
+tests/planner/test_memory.py holds them against what torch's allocator counts. Not covered: groups
+of experts far from even (see `_experts_backward`), ranks of an ep axis that get more rows than
+others, fragmentation on a GPU, and whether the formulas hold for CUDA, which is not measured yet.
+"""
+
+from __future__ import annotations
+
+from ptm.kernels import attention as attention_kernel
+from ptm.kernels import loss as loss_kernel
+from ptm.kernels.permute import grouped_rows
+from ptm.model.config import RouterKind
+from ptm.planner.job import Job
+
+FP32, INT64 = 4, 8
+
+
+def activations(job: Job) -> int:
+    """The most that forward and backward of one micro-batch hold beside the states."""
+    return max(moments(job).values())
+
+
+def moments(job: Job) -> dict[str, int]:
+    m, c, T = job.model, job.compute_bytes, job.micro_rows * job.seq_len
+    D, V, layers = m.hidden_size, m.vocab_size, m.num_hidden_layers
+    row_bytes, head, head_fp32 = T * D * c, V * D * c, V * D * FP32
+    layer = saved_by_layer(job)
+    # Recomputed blocks keep their input and which experts each token was sent to.
+    input_bytes = T * D * c + T * m.num_experts_per_tok * INT64
+    below = input_bytes if job.recompute == "block" else layer
+    saved = layers * below + _shared(job) + 2 * row_bytes + T * FP32  # final norm: input, output
+    # The tied head's gradient waits for the embedding's until the end of the backward.
+    waiting = head if m.tie_word_embeddings else 0
+    cast = head if c != FP32 else 0
+    return {
+        "loss": saved + row_bytes + head_fp32 + _loss(job),
+        "head": saved + 2 * row_bytes + 2 * head_fp32 + cast,
+        "experts": (layers - 1) * below + _shared(job) + waiting + _experts_backward(job),
+        "attention": (layers - 1) * below + _shared(job) + waiting + _attention_backward(job),
+    }
+
+
+def _loss(job: Job) -> int:
+    """Logits of one chunk of tokens, and beside them fp32 slices or their gradient for the head."""
+    m, c, T = job.model, job.compute_bytes, job.micro_rows * job.seq_len
+    V = m.vocab_size
+    chunk = min(T, loss_kernel.chunk_tokens(V))
+    slices = 2 * min(max(1, loss_kernel.SLICE_LOGITS // V), chunk) * V * FP32
+    head = V * m.hidden_size
+    return chunk * V * c + max(slices, head * c + _widened(job, head))
+
+
+def _widened(job: Job, count: int) -> int:
+    """Torch's copy of a bf16 tensor in fp32, made whole on the CPU to add it to an fp32 one."""
+    return count * FP32 if job.compute_bytes != FP32 and job.device == "cpu" else 0
+
+
+def saved_by_layer(job: Job) -> int:
+    """What one layer keeps for its backward, in the order of the forward."""
+    m, c, T = job.model, job.compute_bytes, job.micro_rows * job.seq_len
+    D, P, E, A = m.hidden_size, m.attention_projection_size, m.num_experts, m.num_experts_per_tok
+    filtered = D + D + 2 * D + D + D + D  # input, normed, pairs of conv1, of conv2, sum, z
+    attention = 4 * P  # queries, keys, values, result
+    moe_input = D + D  # residual, normed
+    rows = T * c * (filtered + attention + moe_input)
+    taps = 2 * D * D * c  # both convolutions as matrices
+    scales = 3 * T * FP32
+    scores = 3 * E if m.router is RouterKind.attention else E
+    router = T * (scores + E + A) * FP32 + 2 * T * A * INT64
+    router += 3 * E * D * c if m.router is RouterKind.attention else 0
+    return rows + _kept_scores(job) + taps + scales + router + _expert_rows(job)
+
+
+def _kept_scores(job: Job) -> int:
+    """Attention probabilities that the CPU kernel keeps of short rows, block by block."""
+    L, block = job.seq_len, attention_kernel.BLOCK
+    if job.device != "cpu" or attention_kernel.KEPT_LENGTH < L:
+        return 0
+    scores = sum(
+        (min(start + block, L) - start) * min(start + block, L) for start in range(0, L, block)
+    )
+    return job.micro_rows * job.model.num_attention_heads * scores * job.compute_bytes
+
+
+def _expert_rows(job: Job) -> int:
+    m, c, T = job.model, job.compute_bytes, job.micro_rows * job.seq_len
+    R = grouped_rows(T * m.num_experts_per_tok, m.num_experts)
+    # On CUDA autograd keeps the activation and the product too.
+    hidden = (4 if job.device == "cuda" else 2) * m.moe_intermediate_size
+    return R * c * (2 * m.hidden_size + hidden)
+
+
+def _experts_backward(job: Job) -> int:
+    """The last layer from the backward of its experts on: the larger of two moments.
+
+    Rows are taken as evenly spread; a group of r rows too many adds 4 r F c bytes.
+    """
+    m, c, T = job.model, job.compute_bytes, job.micro_rows * job.seq_len
+    D, E, F = m.hidden_size, m.num_experts, m.moe_intermediate_size
+    R = grouped_rows(T * m.num_experts_per_tok, E)
+    saved, rows = saved_by_layer(job), R * D * c + T * D * c
+    weights = 3 * E * F * D * c
+    products = saved - R * D * c + rows + R * D * c + weights + 4 * R // E * F * c
+    sums = saved - _expert_rows(job) + rows + weights + _widened(job, 2 * E * F * D)
+    return max(products, sums)
+
+
+def _attention_backward(job: Job) -> int:
+    m, c, T = job.model, job.compute_bytes, job.micro_rows * job.seq_len
+    D, P = m.hidden_size, m.attention_projection_size
+    # On the CPU a block's probabilities, unless kept, and their gradients, and the block before.
+    kept = _kept_scores(job)
+    block = m.num_attention_heads * min(attention_kernel.BLOCK, job.seq_len) * job.seq_len * c
+    blocks = (3 if kept else 5) * block if job.device == "cpu" else 0
+    return T * c * (7 * D + 3 * P) + kept + 2 * D * D * c + T * c * (2 * D + 4 * P) + blocks
+
+
+def _shared(job: Job) -> int:
+    """Angles and masks that all layers use."""
+    B, L = job.micro_rows, job.seq_len
+    mask = B * L * L if job.model.isolate_documents else 0
+    return B * L * job.model.rotary_dim * FP32 + mask + 3 * B * L * INT64

@@ -1,0 +1,131 @@
+"""Weights, gradients and optimizer states of one rank: the engine's own layout and budget, for a
+rank that is not there.
+
+The rank is the one that owns most. All blocks of a model are alike, so one block is placed and
+counted as often as there are layers: a plan for 4,096 ranks takes milliseconds.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from ptm.engine import budget
+from ptm.engine.layout import ALIGN, Layout, PageMap, Unit, make_layout
+from ptm.model.config import ModelConfig
+from ptm.planner.job import Job, units
+
+
+class Parts(NamedTuple):
+    """Elements of a unit on one rank: gathered, by the ranks it is cut over."""
+
+    dense: int
+    "Cut over all ranks."
+    experts: int
+    "Cut over the ranks with the same experts; with ep = 1 they are dense too."
+
+    @property
+    def numel(self) -> int:
+        return self.dense + self.experts
+
+
+def layout(job: Job) -> Layout:
+    """The layout of the rank that owns most, in which blocks are one and the same."""
+    model = job.model
+    root, block, owned = _units(replace(model, num_hidden_layers=1), job.ranks, job.ep)
+    layers = model.num_hidden_layers
+    numel = max(r + layers * b for r, b in owned)
+    return Layout((root, *[block] * layers), numel)
+
+
+@functools.lru_cache(maxsize=4096)
+def _units(
+    model: ModelConfig, ranks: int, ep: int
+) -> tuple[Unit, Unit, tuple[tuple[int, int], ...]]:
+    """Root and block of the rank that has most of a block, and what each rank owns of them."""
+    root, block = units(model)
+    named = [("root", root), ("block", block)]
+    first = make_layout(named, world=ranks, ep=ep, rank=0)
+    of_root, of_block = (_owned(unit, ranks, ep) for unit in first.units)
+    most = of_block.index(max(of_block))
+    placed = make_layout(named, world=ranks, ep=ep, rank=most).units
+    return placed[0], placed[1], tuple(sorted(set(zip(of_root, of_block))))
+
+
+def _owned(unit: Unit, ranks: int, ep: int) -> list[int]:
+    """Elements of a unit in the flat space of each rank."""
+    owned = [0] * ranks
+    for group in unit.groups:
+        for rank in range(ranks):
+            index = rank if group.axis == "dp" else rank // ep
+            size = group.cuts[index + 1] - group.cuts[index]
+            owned[rank] += -(-size // ALIGN) * ALIGN
+    return owned
+
+
+def parts(unit: Unit) -> Parts:
+    sizes = {group.axis: group.numel for group in unit.groups}
+    return Parts(sizes.get("dp", 0), sizes.get("edp", 0))
+
+
+def page_map(job: Job) -> PageMap:
+    """The pages of the rank that owns most."""
+    return PageMap(layout(job).numel, job.page_bytes, job.format)
+
+
+def gathered(job: Job) -> int:
+    """Bytes of frames of whole weights."""
+    return budget.gathered_bytes(layout(job), zero=job.zero, compute_bytes=job.compute_bytes)
+
+
+def summed(job: Job) -> int:
+    """Bytes of gradients on their way."""
+    return budget.summed_bytes(
+        layout(job), zero=job.zero, compute_bytes=job.compute_bytes, world=job.ranks
+    )
+
+
+def ssd_bytes(job: Job) -> int:
+    """Bytes of the page file."""
+    return budget.ssd_bytes(page_map(job))
+
+
+def fewest_frames(job: Job) -> int:
+    """Pages that must be in memory at once when the others are on a disk."""
+    return min(page_map(job).num_pages, budget.LEAST_FRAMES)
+
+
+def angel_waste(job: Job) -> float:
+    """Share of memory lost if a page held at most two tensors, as AngelPTM's do, for the matrices
+    of one rank in bf16: each expert's are tensors of their own there."""
+    page, used, held = job.page_bytes, 0, 0
+    for members, count in zip(units(job.model), (1, job.model.num_hidden_layers)):
+        tensors: list[int] = []
+        for member in (m for m in members if len(m.shape) > 1):
+            pieces = 1
+            if member.is_expert:
+                pieces = member.shape[0] // job.ep * (2 if member.name.endswith("w1") else 1)
+            owned = math.prod(member.shape) / job.ranks
+            tensors += [math.ceil(owned / pieces) * 2] * pieces
+        used += count * sum(tensors)
+        held += count * page * _pages_of_two(tensors, page)
+    return held / used - 1
+
+
+def _pages_of_two(tensors: Sequence[int], page_bytes: int) -> int:
+    """Pages that tensors take one after another when each page has at most two of them."""
+    pages, free, residents = 0, 0, 2
+    for size in tensors:
+        left = size
+        if residents < 2 and free:
+            left -= min(left, free)
+            residents += 1
+        if left:
+            more = -(-left // page_bytes)
+            pages += more
+            free = more * page_bytes - left
+            residents = 1
+    return pages

@@ -1,0 +1,227 @@
+"""Seconds of one step of one rank, in closed form.
+
+    compute      FLOPs of each kind over the rate of that kind, or blocks timed on this machine
+    gather       whole weights, and sums of gradients: bytes over the link, and a latency each
+    experts      rows to the ranks of their experts and back
+    copies       weights out of pages, gradients into them, norms: bytes over memory
+    update       parameters of this rank over the optimizer's rate
+    disk         pages that are not in memory; on a GPU, those in the host's go over its link
+
+On a GPU, gathering and pages travel beside computing, so the longest of them counts; rows of
+experts are waited for, but for pieces of them (engine.chunks). On a CPU all of them take the same
+cores, and only the disk works beside them. Two things are left out on purpose: ranks waiting for
+the slowest one, and evaluation and saving, which are not part of a step.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from ptm.common.plan import Spent
+from ptm.common.units import format_bytes
+from ptm.engine.layout import Layout
+from ptm.kernels.permute import grouped_rows
+from ptm.planner import states
+from ptm.planner.job import Job
+from ptm.planner.speed import Speed
+
+
+class Placed(NamedTuple):
+    """Pages of one rank by where they are."""
+
+    gpu: int
+    cpu: int
+    ssd: int
+
+    @property
+    def total(self) -> int:
+        return self.gpu + self.cpu + self.ssd
+
+
+class Wire(NamedTuple):
+    """Bytes that one rank sends in a step, and collectives it takes part in."""
+
+    gather_bytes: float
+    sum_bytes: float
+    expert_bytes: float
+    calls: int
+    expert_calls: int
+
+    @property
+    def total_bytes(self) -> float:
+        return self.gather_bytes + self.sum_bytes + self.expert_bytes
+
+
+def spent(job: Job, speed: Speed, placed: Placed, *, ranks_per_node: int) -> tuple[Spent, ...]:
+    """Seconds by kind. Those that run beside computing have `is_hidden`."""
+    wire = wire_of(job)
+    is_gpu = job.device == "cuda"
+    is_far = job.ranks > ranks_per_node
+    collective_s = (wire.gather_bytes + wire.sum_bytes) / (speed.network if is_far else speed.link)
+    expert_link = speed.network if job.ep > ranks_per_node else speed.link
+    experts_s = wire.expert_bytes / expert_link + wire.expert_calls * speed.latency
+    chunks = min(job.chunks, max(1, job.model.num_experts // job.ep)) if is_gpu else 1
+    disk_s, disk_bytes = _disk(job, speed, placed)
+    found = [
+        Spent("computing", _compute_s(job, speed), _computing(job), False),
+        Spent(
+            "weights and gradients",
+            (collective_s + wire.calls * speed.latency) * speed.slowdown,
+            f"{format_bytes(wire.gather_bytes + wire.sum_bytes)} in {wire.calls:,} collectives",
+            is_gpu,
+        ),
+        Spent(
+            "rows of experts",
+            experts_s * speed.slowdown / chunks,
+            f"{format_bytes(wire.expert_bytes)} in {wire.expert_calls:,} exchanges",
+            False,
+        ),
+        Spent("copies", _copied_bytes(job) / speed.memory * speed.slowdown, "", False),
+        Spent("update", _update_s(job, speed, placed), _updating(job, placed), False),
+        Spent("disk", disk_s, format_bytes(disk_bytes), True),
+    ]
+    if is_gpu and placed.cpu + placed.ssd:
+        moved = _moved_bytes(job, placed)
+        found.append(Spent("host to device", moved / speed.host, format_bytes(moved), True))
+    return tuple(s for s in found if s.seconds)
+
+
+def step_s(times: tuple[Spent, ...]) -> float:
+    """Hidden kinds go on while computing does, each on a link of its own."""
+    computing = sum(s.seconds for s in times if s.what in ("computing", "copies"))
+    others = sum(s.seconds for s in times if not s.is_hidden) - computing
+    hidden = max((s.seconds for s in times if s.is_hidden and s.what != "disk"), default=0.0)
+    disk = max((s.seconds for s in times if s.what == "disk"), default=0.0)
+    return max(max(computing, hidden) + others, disk)
+
+
+# Computing.
+
+
+def flops(job: Job) -> dict[str, float]:
+    """FLOPs of the forward of one micro-batch, by kind."""
+    m, T = job.model, job.micro_tokens
+    D, P, E = m.hidden_size, m.attention_projection_size, m.num_experts
+    padded = _average_rows(job)
+    return {
+        "dense": 2.0 * T * m.num_hidden_layers * (4 * D * P + 2 * D * D + 3 * E * D),
+        "experts": 2.0 * padded * m.num_hidden_layers * 3 * D * m.moe_intermediate_size,
+        "attention": 2.0 * T * m.num_hidden_layers * P * job.seq_len,
+        "head": 2.0 * T * m.vocab_size * D,
+    }
+
+
+def _average_rows(job: Job) -> float:
+    """Rows through this rank's experts, half of the possible filling among them."""
+    rows = job.micro_tokens * job.model.num_experts_per_tok
+    most = grouped_rows(rows, max(1, job.model.num_experts // job.ep))
+    return (rows + most) / 2
+
+
+def _compute_s(job: Job, speed: Speed) -> float:
+    again = 1 if job.recompute == "block" else 0
+    if (timed := speed.timed) is not None:
+        layers = job.model.num_hidden_layers
+        block = timed.block_forward_s * (1 + again) + timed.block_backward_s
+        one = layers * block + timed.root_forward_s + timed.root_backward_s
+    else:
+        one = sum(
+            count * (3 + again * (kind != "head")) / speed.rate(job.precision, kind)
+            for kind, count in flops(job).items()
+        )
+    return one * job.micro_batches * speed.slowdown
+
+
+def _computing(job: Job) -> str:
+    again = ", blocks forward twice" if job.recompute == "block" else ""
+    total = 3 * sum(flops(job).values()) * job.micro_batches
+    return f"{total / 1e12:,.1f} TFLOP in {job.micro_batches:,} micro-batches{again}"
+
+
+# The wire.
+
+
+def wire_of(job: Job) -> Wire:
+    """What this rank sends, as ptm/engine/weights.py, grads.py and ptm/parallel/expert.py do it."""
+    placed = states.layout(job)
+    M, layers, c = job.micro_batches, job.model.num_hidden_layers, job.compute_bytes
+    root, block = placed.units[0], placed.units[1]
+    root_gathers, block_gathers = 1, layers
+    if job.zero == 3:
+        # The last block of a forward stays for its backward, the first for the next forward.
+        block_gathers = M * (2 * layers - 2) + 1
+    sums, width = (1, 4) if job.zero == 1 else (M, c)
+    sent = {"root": _sent(job, placed, 0), "block": _sent(job, placed, 1)}
+    gathered = c * (root_gathers * sent["root"] + block_gathers * sent["block"])
+    summed = width * sums * (sent["root"] + layers * sent["block"])
+    calls = root_gathers * len(root.groups) + block_gathers * len(block.groups)
+    calls += sums * (len(root.groups) + layers * len(block.groups))
+    trips = 6 if job.recompute == "block" else 4
+    exchanges = M * layers * trips if job.ep > 1 else 0
+    rows = job.micro_tokens * job.model.num_experts_per_tok * (job.ep - 1) / job.ep
+    rows_bytes = exchanges * rows * job.model.hidden_size * c
+    return Wire(gathered, summed, rows_bytes, calls if job.ranks > 1 else 0, exchanges)
+
+
+def _sent(job: Job, placed: Layout, index: int) -> float:
+    """Elements that a rank sends to gather a unit once, or to sum it once."""
+    dense, experts = states.parts(placed.units[index])
+    replicas = job.ranks // job.ep
+    return dense * (job.ranks - 1) / job.ranks + experts * (replicas - 1) / replicas
+
+
+# Copies, the update and pages.
+
+
+def _copied_bytes(job: Job) -> float:
+    """Bytes read and written by the engine itself in a step."""
+    placed = states.layout(job)
+    c, owned, M = job.compute_bytes, placed.numel, job.micro_batches
+    local = sum(unit.numel for unit in placed.units)
+    passes = 2 * M if job.zero == 3 else 1
+    weights = 2 * c * owned * passes
+    sums = 1 if job.zero == 1 and job.ranks > 1 else M
+    if job.zero == 1 and job.ranks > 1:
+        arrived = local * (c + 8) * M
+        landed = owned * (4 * job.ranks + 12)
+    else:
+        arrived = local * 2 * c * M
+        landed = owned * sums * (c * job.ranks + 8) + owned * 4
+    return weights + arrived + landed
+
+
+def _update_s(job: Job, speed: Speed, placed: Placed) -> float:
+    owned = states.layout(job).numel
+    on_gpu = placed.gpu / placed.total if placed.total else 0.0
+    if job.device == "cpu":
+        return owned / speed.host_adam * speed.slowdown
+    return owned * max(on_gpu / speed.adam, (1 - on_gpu) / speed.host_adam)
+
+
+def _updating(job: Job, placed: Placed) -> str:
+    share = f", {placed.gpu / placed.total:.0%} on the device" if job.device == "cuda" else ""
+    return f"{states.layout(job).numel:,} parameters of this rank{share}"
+
+
+def _disk(job: Job, speed: Speed, placed: Placed) -> tuple[float, float]:
+    """Seconds and bytes of pages that come and go: the share that is never in memory, for every
+    use of a page, and what a commit writes besides."""
+    if not job.has_ssd:
+        return 0.0, 0.0
+    pages, page = states.page_map(job), job.page_bytes
+    weights, grads, durable = pages.weights.count, pages.grads.count, len(pages.durable)
+    absent, M = placed.ssd / placed.total, job.micro_batches
+    passes = 2 * M if job.zero == 3 else 1
+    read = absent * (passes * weights + M * grads + durable + grads)
+    written = absent * (M * grads + durable) + (1 - absent) * durable / job.journal_every
+    seconds = read * page / speed.ssd_read + written * page / speed.ssd_write
+    return seconds, (read + written) * page
+
+
+def _moved_bytes(job: Job, placed: Placed) -> float:
+    """Bytes over the link of host and device: weights up, gradient sums down."""
+    share = (placed.cpu + placed.ssd) / placed.total
+    owned, M = states.layout(job).numel, job.micro_batches
+    passes = 2 * M if job.zero == 3 else 1
+    sums = 1 if job.zero == 1 else M
+    return share * owned * (job.compute_bytes * passes + 4 * sums)
