@@ -35,11 +35,9 @@ from ptm.engine.config import EngineConfig
 from ptm.engine.state import StateRows
 from ptm.mesh.collectives import Ledger, gather, scatter_sum
 from ptm.mesh.mesh import Mesh
+from ptm.parallel.entries import enter_as_one
 from ptm.parallel.outcome import Outcome, agree, clip_factor, squares, where_not_finite
 from ptm.parallel.rows import rows_of
-
-ENTRIES = ("loss", "hidden", "run")
-"""Methods of the model, besides `forward`, that are called from outside."""
 
 NEEDED = (
     "set_requires_gradient_sync",
@@ -124,7 +122,7 @@ class FsdpEngine:
         """units: modules that are gathered one at a time (the blocks); what is left is one more.
         is_stock: keep torch's own collectives, for comparison. update: as optim.adamw, on flat
         fp32 ranges."""
-        _refuse(config)
+        refuse(config)
         self.model, self.mesh, self.update, self.clip = model, mesh, update, clip
         self.zero = config.zero or 3
         self.updates = 0
@@ -135,6 +133,19 @@ class FsdpEngine:
             {name: torch.zeros_like(master) for name, master in self.masters.items()}
             for _ in range(2)
         )
+
+    restored = None
+    """No tier of this engine survives a process."""
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(param.shape) for name, param in self.params.items()}
+
+    @torch.no_grad()
+    def fill(self, name: str, value: Tensor) -> None:
+        """Set one parameter's master from a whole fp32 tensor that every rank holds."""
+        master = self.masters[name]
+        first = _first_row(self.params[name], self.mesh)
+        master.copy_(value[first : first + len(master)])
 
     def backward(self, loss: Tensor, *, is_last: bool = True) -> None:
         """Add the gradients of `loss` (a SUM over tokens) to this step's."""
@@ -198,6 +209,9 @@ class FsdpEngine:
     def drain(self) -> None:
         """Nothing is under way between steps."""
 
+    def commit(self, step: int, meta: dict[str, Any]) -> None:
+        """Nothing is kept but by a checkpoint."""
+
     def close(self) -> None:
         """Nothing to release."""
 
@@ -245,7 +259,7 @@ def shard(
     model.set_reshard_after_backward(zero == 3)  # type: ignore[operator]
     if any(param.is_meta for param in model.parameters()):
         _materialise(model, mesh.device)
-    enter_as_one(model)
+    enter_as_one(model, model)
 
 
 def check_names(model: nn.Module) -> None:
@@ -256,39 +270,8 @@ def check_names(model: nn.Module) -> None:
         raise KernelError(line("torch", torch.__version__, rule, "use torch 2.11 to 2.13"))
 
 
-def enter_as_one(model: nn.Module) -> None:
-    """Let `loss`, `hidden` and `run` gather the root as `forward` does, once for nested calls."""
-    from torch.distributed.fsdp import register_fsdp_forward_method
-
-    is_inside = False
-
-    def outermost(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        nonlocal is_inside
-        is_inside = True
-        try:
-            return function(*args, **kwargs)
-        finally:
-            is_inside = False
-
-    model.enter = outermost  # type: ignore[assignment]
-    register_fsdp_forward_method(model, "enter")
-
-    def entry(function: Callable[..., Any]) -> Callable[..., Any]:
-        def enter(*args: Any, **kwargs: Any) -> Any:
-            if is_inside:
-                return function(*args, **kwargs)
-            return model.enter(function, *args, **kwargs)  # type: ignore[operator]
-
-        return enter
-
-    forward = model.forward
-    model.forward = lambda *args, **kwargs: outermost(forward, *args, **kwargs)
-    for name in ENTRIES:
-        if hasattr(model, name):
-            setattr(model, name, entry(getattr(model, name)))
-
-
-def _refuse(config: EngineConfig) -> None:
+def refuse(config: EngineConfig) -> None:
+    """Raise RecipeError for what only the paged engine can do."""
     if config.ep > 1:
         rule = "engine.kind=fsdp keeps all experts on every rank"
         raise RecipeError(line("engine.ep", config.ep, rule, "use engine.kind=paged, or ep=1"))
@@ -300,9 +283,12 @@ def _refuse(config: EngineConfig) -> None:
 
 
 def _materialise(model: nn.Module, device: torch.device) -> None:
+    # to_empty forgets buffers too; one on the meta device holds nothing, and starts from zero.
+    kept = {name: None if b.is_meta else b.clone() for name, b in model.named_buffers()}
     model.to_empty(device=device)
-    for buffer in model.buffers():
-        buffer.zero_()  # counters; what a buffer held on the meta device is nothing
+    for name, buffer in model.named_buffers():
+        value = kept[name]
+        buffer.zero_() if value is None else buffer.copy_(value)
 
 
 def _local(param: nn.Parameter) -> Tensor:

@@ -178,7 +178,7 @@ def test_a_step_without_rows_is_zero_and_does_not_hang() -> None:
 )
 def test_what_only_the_paged_engine_has_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(RecipeError, match="engine.kind=paged"):
-        fsdp._refuse(EngineConfig(**changes))
+        fsdp.refuse(EngineConfig(**changes))
 
 
 def test_a_torch_without_the_hooks_is_refused() -> None:

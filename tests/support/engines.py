@@ -22,7 +22,8 @@ UPDATE = functools.partial(adamw, config=OptimConfig())
 
 
 def tiny(**changes: Any) -> Any:
-    return tiny_config(**{"num_experts": 4, "initializer_range": 0.2, **changes})
+    sizes = {"num_experts": 4, "initializer_range": 0.2, "tie_word_embeddings": False}
+    return tiny_config(**{**sizes, **changes})
 
 
 def rows_of_step(step: int) -> Batch:
