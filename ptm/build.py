@@ -133,7 +133,7 @@ def open_run(recipe: Recipe, plan: Plan) -> Iterator[Parts]:
         )
         run_id = on_main(peers, lambda: run_folder.identify(recipe.run_dir))
         model, engine = build_model(recipe, mesh, plan, peers, run_id=run_id)
-        stack.callback(engine.close)
+        stack.push(lambda kind, *_: engine.close(is_failing=kind is not None))
         state = first_weights(recipe, checkpoints, engine, peers, run_id=run_id)
         on_main(peers, lambda: run_folder.describe(recipe, plan.text()))
         metrics = Metrics(

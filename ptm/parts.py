@@ -181,7 +181,11 @@ def save(
 def _names(model: nn.Module) -> set[str]:
     """What a checkpoint must hold, from the model and not from the engine that it checks."""
     kinds = ("model.", "optim.exp_avg.", "optim.exp_avg_sq.")
-    return {kind + name for kind in kinds for name, _ in model.named_parameters()}
+    parameters = [name for name, _ in model.named_parameters()]
+    buffers = set(model.state_dict()) - set(parameters)
+    return {kind + name for kind in kinds for name in parameters} | {
+        "model." + name for name in buffers
+    }
 
 
 def note_saved(metrics: Metrics, saved: Saved) -> None:

@@ -43,7 +43,12 @@ class Budget:
             ("cpu", "gathered weights", self.gathered_bytes, ""),
             ("cpu", "gradients under way", self.summed_bytes, ""),
             ("cpu", "pages in memory", self.num_frames * self.page_bytes, pages),
-            ("ssd", "page file", self.ssd_bytes, "two versions of each page" * bool(self.ssd_bytes)),
+            (
+                "ssd",
+                "page file",
+                self.ssd_bytes,
+                "two versions of each page" * bool(self.ssd_bytes),
+            ),
         ]
         return "\n".join(
             f"{tier:4} {what:20} {format_bytes(size):>12}  {why}".rstrip()
@@ -83,7 +88,13 @@ def ssd_bytes(pages: PageMap) -> int:
 
 
 def make_budget(
-    config: EngineConfig, layout: Layout, pages: PageMap, *, zero: int, compute_bytes: int, world: int
+    config: EngineConfig,
+    layout: Layout,
+    pages: PageMap,
+    *,
+    zero: int,
+    compute_bytes: int,
+    world: int,
 ) -> Budget:
     """Share out the recipe's budgets. Raises PlanError with the table where they are too small."""
     gathered = gathered_bytes(layout, zero=zero, compute_bytes=compute_bytes)

@@ -48,7 +48,8 @@ class Slots:
         self.now = bytearray([NO_SLOT]) * num_pages
         self.sums = array("Q", bytes(8 * num_pages))
         self.agreed = bytearray([NO_SLOT]) * len(durable)
-        "Named by the last commit that all ranks have."
+        "Named by the last commit that all ranks have, with the checksums of what is there."
+        self.agreed_sums = array("Q", bytes(8 * len(durable)))
         self.pending: bytearray | None = None
         "Named by the commit in progress: final for a page once that is written."
         self.pending_sums = array("Q")
@@ -87,13 +88,21 @@ class Slots:
     def finish(self) -> None:
         assert self.pending is not None
         self.agreed, self.pending = self.pending, None
+        self.agreed_sums = self.pending_sums
+
+    def undo(self) -> list[int]:
+        """Back to the last commit; returns the durable pages whose newest content is now another."""
+        first, stop = self.durable.start, self.durable.stop
+        changed = [p for p in self.durable if self.now[p] != self.agreed[p - first]]
+        self.now[first:stop], self.sums[first:stop] = self.agreed, self.agreed_sums
+        return changed
 
     def restore(self, record: Record) -> None:
         first, stop = self.durable.start, self.durable.stop
         self.now[:] = bytearray([NO_SLOT]) * len(self.now)
         self.now[first:stop] = record.slots
         self.sums[first:stop] = record.sums
-        self.agreed = bytearray(record.slots)
+        self.agreed, self.agreed_sums = bytearray(record.slots), array("Q", record.sums)
 
 
 class Committer:

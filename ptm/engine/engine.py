@@ -36,6 +36,7 @@ from ptm.engine.open_store import Tiers, fingerprint, forget_other_layouts
 from ptm.engine.reshard import read_into
 from ptm.engine.state import StateRows, stored_shape
 from ptm.engine.states import PagedStates, PageRows
+from ptm.engine.timing import Decision, Exact, make_timing
 from ptm.engine.update import Update, Updater
 from ptm.engine.weights import Gathered, Weights, nothing
 from ptm.mesh.collectives import all_reduce_sum
@@ -94,9 +95,11 @@ class PagedEngine:
         dtype: torch.dtype,
         update: Update,
         clip: float,
+        num_exact: int = 0,
         open_tiers: Callable[[PageMap, Layout, int], Tiers],
     ) -> None:
         """The model may be on the meta device; its parameters are replaced. zero: 1, 2 or 3.
+        num_exact: steps on time before update=bounded is late.
         open_tiers(pages, layout, bytes of a weight in forward)."""
         self.model, self.mesh, self.config, self.clip = model, mesh, config, clip
         self.updates = 0
@@ -126,11 +129,19 @@ class PagedEngine:
         ]
         ahead = None if self.tiers.paging is None else 1
         self.updater = Updater(self.layout, self.states, update, ahead=ahead)
-        self.weights = Weights(
-            gathered, self.states, mesh, keep=zero < 3, wait_for_update=self.updater.wait
+        may_undo = self.tiers.journal_every == 1
+        self.timing = make_timing(
+            config.update,
+            self.updater,
+            undo=self.store.undo if may_undo else None,
+            num_exact=num_exact,
         )
-        self.grads = Grads(gathered, self.states, mesh, is_local=zero == 1)
-        self.hooks = Hooks([unit.module for unit in units], self.weights)
+        self.weights = Weights(
+            gathered, self.states, mesh, keep=zero < 3, before_gather=self.timing.before_gather
+        )
+        self.grads = Grads(gathered, self.states, mesh, self.timing, is_local=zero == 1)
+        modules = [unit.module for unit in units]
+        self.hooks = Hooks(modules, self.weights, self.timing.weights_read)
         self._is_first = True
         self._num_commits = 0
 
@@ -155,17 +166,23 @@ class PagedEngine:
                 fingerprint=fingerprint,
             )
 
-    def backward(self, loss: Tensor, *, is_last: bool) -> None:
+    def backward(self, loss: Tensor, *, is_last: bool, tokens: Tensor, lr: float) -> None:
         """Add the gradients of `loss` (a SUM over tokens) to this step's; is_last: of this step."""
+        if is_last and isinstance(self.timing, Exact) and self.timing.may_guess:
+            group = self.mesh.dp.get_group()
+            total = all_reduce_sum(tokens.detach().clone().double(), group, self.mesh.ledger)
+            self.timing.guess(self._decision(max(float(total), 1.0), 1.0, lr))
         self.grads.begin(is_first=self._is_first, is_last=is_last)
         if loss.requires_grad:
             loss.backward()
         self.grads.end()
         self._is_first = is_last
 
+    def _decision(self, total: float, factor: float, lr: float) -> Decision:
+        return Decision(1.0 / total * factor, lr, self.updates + 1, total)
+
     def step(self, *, nll_sum: Tensor, tokens: Tensor, lr: float, flags: list[float]) -> Outcome:
         """Finish the step: decide, and start the update. `flags` come back summed over ranks."""
-        self.updater.drain()
         said = [self.grads.square, float(tokens), float(nll_sum), *flags]
         heard = torch.tensor(said, dtype=torch.float64)
         group = self.mesh.dp.get_group()
@@ -174,15 +191,15 @@ class PagedEngine:
         norm = math.sqrt(heard[0]) / total if heard[0] >= 0 else math.nan
         is_finite = math.isfinite(norm) and math.isfinite(heard[2])
         where = "" if is_finite else self._where_not_finite()
+        factor = _clip_factor(norm, self.clip) if is_finite else 0.0
         self.weights.outdated()
+        self.hooks.is_first_forward = True
         if self.tiers.paging is not None:
-            self.tiers.paging.border()
-            self.updater.is_inline = self.tiers.paging.is_tracing
-        if is_finite:
-            self.updates += 1
-            scale = 1.0 / total * _clip_factor(norm, self.clip)
-            self.updater.submit(scale=scale, lr=lr, step=self.updates)
-            self.hooks.is_first_forward = True
+            self.updater.is_inline = self.tiers.paging.border()
+        self.timing.decided(self._decision(total, factor, lr) if is_finite else None)
+        self.updates += is_finite
+        if isinstance(self.timing, Exact):
+            self.timing.is_likely = factor == 1.0
         return Outcome(heard[2] / total, int(heard[1]), norm, not is_finite, heard[3:], where)
 
     def publish(self) -> None:
@@ -190,8 +207,8 @@ class PagedEngine:
         self.weights.outdated()
 
     def drain(self) -> None:
-        """Wait for the updates under way."""
-        self.updater.drain()
+        """Make all updates that were decided."""
+        self.timing.flush()
 
     @torch.no_grad()
     def fill(self, name: str, value: Tensor) -> None:
@@ -227,7 +244,7 @@ class PagedEngine:
         """Once this step's updates are done, in the background: the pages become what a run that
         was killed goes on from. Without a disk there is nothing to do."""
         if self.tiers.journal_every and step % self.tiers.journal_every == 0:
-            self.updater.then(lambda: self.store.commit(step, meta))
+            self.timing.then(lambda: self.store.commit(step, meta))
             self._num_commits += 1
             if self._num_commits == 3 and self.mesh.is_main and self.tiers.folder is not None:
                 forget_other_layouts(self.tiers.folder)  # the first commit is on all ranks by now
@@ -238,11 +255,19 @@ class PagedEngine:
             f"{name}_bytes": float(entry.sent_bytes)
             for name, entry in self.mesh.ledger.entries.items()
         }
-        return sent | {f"pages_{name}": value for name, value in self.store.report().items()}
+        pages = {f"pages_{name}": value for name, value in self.store.report().items()}
+        waited = {"update_waited_s": self.updater.waited_s}
+        return sent | pages | waited | self.timing.report()
 
-    def close(self) -> None:
+    def close(self, *, is_failing: bool = False) -> None:
+        """End threads, free memory and files. is_failing: wait for nothing that needs a peer."""
         self.updater.close()
-        self.store.wait_commit()
+        if self.tiers.journal_every and not is_failing:
+            self.store.wait_commit()
+            # A rank that left now could cut off the last word of a peer's commit.
+            all_reduce_sum(
+                torch.zeros(1, device=self.mesh.device), self.mesh.dp.get_group(), self.mesh.ledger
+            )
         self.store.close()
 
 

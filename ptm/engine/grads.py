@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from ptm.engine.budget import received_numel
 from ptm.engine.layout import Group, Slot
 from ptm.engine.states import PagedStates
+from ptm.engine.timing import Timing
 from ptm.engine.weights import Gathered
 from ptm.mesh.collectives import PendingSum, scatter_sum
 from ptm.mesh.mesh import Mesh
@@ -66,10 +67,16 @@ class Grads:
     """Called from backward, by the thread that runs it."""
 
     def __init__(
-        self, units: Sequence[Gathered], states: PagedStates, mesh: Mesh, *, is_local: bool
+        self,
+        units: Sequence[Gathered],
+        states: PagedStates,
+        mesh: Mesh,
+        timing: Timing,
+        *,
+        is_local: bool,
     ) -> None:
         """is_local: sum over micro-batches at home first (zero 1)."""
-        self.states, self.mesh = states, mesh
+        self.states, self.mesh, self.timing = states, mesh, timing
         self.is_local = is_local and mesh.world > 1
         self.dtype = torch.float32 if self.is_local else units[0].params[0][2].dtype
         self.is_first = self.is_last = True
@@ -153,9 +160,7 @@ class Grads:
             part = None if room is None else room[start : start + received_numel(group)]
             start += received_numel(group)
             full = unit.gathered.part(group, unit.buffer)
-            pending = scatter_sum(
-                full, group.cuts, axis.get_group(), self.mesh.ledger, buffer=part
-            )
+            pending = scatter_sum(full, group.cuts, axis.get_group(), self.mesh.ledger, buffer=part)
             unit.pending.append((group, pending))
         self._under_way.append(UnderWay(unit, room, self.is_first or self.is_local, self.is_last))
         if self.mesh.world == 1:
@@ -165,10 +170,14 @@ class Grads:
     def _land_oldest(self) -> None:
         done = self._under_way.pop(0)
         unit = done.unit
+        if done.replaces and not self.timing.before_landing(unit.name):
+            done = done._replace(replaces=False)
         for group, pending in unit.pending:
             pending.wait()
             self._add(done, group, pending.received_NS)
         unit.pending = []
+        if done.is_last:
+            self.timing.landed(unit.name)
         if done.room is not None:
             self._rooms.append(done.room)
         if not unit.owns_buffer:

@@ -15,7 +15,7 @@ sequence of forwards and backwards only, so all ranks make the same.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -28,8 +28,14 @@ from ptm.engine.weights import Gathered, Weights, saved_as_places
 class Hooks:
     """Installed once, on the modules of all units; units[0] is the root."""
 
-    def __init__(self, modules: Sequence[nn.Module], weights: Weights) -> None:
-        self.weights, self.units = weights, weights.units
+    def __init__(
+        self,
+        modules: Sequence[nn.Module],
+        weights: Weights,
+        weights_read: Callable[[str], None],
+    ) -> None:
+        """weights_read: called with a unit's name when its backward has its weights."""
+        self.weights, self.units, self.weights_read = weights, weights.units, weights_read
         self.is_first_forward = True
         self._saving: AbstractContextManager[Any] | None = None
         modules[0].register_forward_pre_hook(lambda module, args: self._want_root())
@@ -76,14 +82,14 @@ class Hooks:
         return hook
 
     def _before_backward(self, index: int) -> None:
-        if self.weights.keep:
-            return
-        self.weights.phase = "backward"
-        for done in self.units[index + 1 :]:
-            self.weights.release(done)
-        self.weights.ready(self.units[index])
-        if index > 1:
-            self.weights.start(self.units[index - 1])
+        if not self.weights.keep:
+            self.weights.phase = "backward"
+            for done in self.units[index + 1 :]:
+                self.weights.release(done)
+            self.weights.ready(self.units[index])
+            if index > 1:
+                self.weights.start(self.units[index - 1])
+        self.weights_read(self.units[index].unit.name)
 
 
 def _differentiable(outputs: Any) -> Tensor | None:

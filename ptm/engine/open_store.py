@@ -205,4 +205,3 @@ def describer(pages: PageMap, layout: Layout) -> Callable[[int], str]:
         return f"{kind.name} of {shown}"
 
     return describe
-

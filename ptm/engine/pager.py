@@ -318,6 +318,22 @@ class Pager:
                 self._freed(self._drop(page))
         self.changed.notify_all()
 
+    def undo(self) -> None:
+        """Make durable pages what the last commit has, once none is on its way."""
+        self.wants.clear()
+        while self.writing or self.num_fetching:
+            self.check()
+            self.changed.wait()
+        written = {page for page in self.dirty if page in self.slots.durable}
+        for page in written.union(self.slots.undo()):
+            assert not self.holds[page], f"page {page} is held"
+            self.dirty.discard(page)
+            self.parked.discard(page)
+            self.idle.pop(page, None)
+            if self.state[page] == READY:
+                self._freed(self._drop(page))
+        self.changed.notify_all()
+
     def reset(self) -> None:
         """Drop all pages, written or not, once none is on its way. None may be held."""
         self.wants.clear()

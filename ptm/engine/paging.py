@@ -45,13 +45,9 @@ class Paging:
         kinds = [(k.name, k.first + k.count) for k in (pages.weights, pages.states, pages.grads)]
         self._tracer = Tracer(kinds)
 
-    @property
-    def is_tracing(self) -> bool:
-        return self._tracer.is_recording
-
-    def border(self) -> None:
-        """Between two steps, when no update is under way."""
-        if self.is_tracing:
+    def border(self) -> bool:
+        """Between two steps. Returns whether the step that begins is traced."""
+        if self._tracer.is_recording:
             self.store.trace_into(None)
             self._plan()
         self.num_steps += 1
@@ -60,6 +56,7 @@ class Paging:
             self._next = min(self._next * FACTOR, self._next + MOST)
             self._tracer.begin()
             self.store.trace_into(self._tracer.note)
+        return self._tracer.is_recording
 
     def _plan(self) -> None:
         trace = self._tracer.end()

@@ -120,6 +120,9 @@ class ReadStore:
 
     def wait_commit(self) -> None: ...
 
+    def undo(self) -> None:
+        raise AssertionError("read only")
+
     def report(self) -> dict[str, float]:
         return {}
 

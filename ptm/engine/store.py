@@ -217,6 +217,13 @@ class PageStore:
         self.wait_commit()
         return [(record.step, record.meta) for record in self._ssd.log.read()]
 
+    def undo(self) -> None:
+        """Make the durable pages what they were at the last commit, which this waits for; others
+        keep what they hold. No durable page may be held."""
+        self.wait_commit()
+        with self._lock:
+            self._pager.undo()
+
     @property
     def damaged(self) -> list[str]:
         """A line for each record file that could not be read."""

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -27,6 +28,9 @@ from ptm.engine.states import CHUNK, Moments, PagedStates
 Update = Callable[..., None]
 """`update(param, grad=, exp_avg=, exp_avg_sq=, step=, lr=, decay=)` on flat fp32 ranges;
 optim.adamw is one."""
+
+THEN = "then"
+"""Name of what runs after the updates, among the units."""
 
 
 @dataclass
@@ -85,10 +89,10 @@ def update_group(
 
 
 class Updater:
-    """Runs updates unit by unit. `wait(unit)` before its weights are read, `drain` for all.
+    """Runs updates of units in a thread. `wait(unit)` before its weights are read, `drain` for all.
 
-    ahead: how many units the updates may be ahead of the forward that reads them, so that what an
-    update has in memory is still there for the gather; None lets them run. `is_inline` runs each
+    ahead: how many units of the forward the updates may be ahead of the gathers, so that what an
+    update has in memory is still there for its gather; None lets them run. `is_inline` runs each
     update when it is waited for, in the thread that waits, so that a trace has one order.
     """
 
@@ -97,60 +101,76 @@ class Updater:
     ) -> None:
         self.states, self.update, self.ahead = states, update, ahead
         self.is_inline = False
-        self._names = [unit.name for unit in layout.units]
-        self._units = layout.units
+        self._units = {unit.name: unit for unit in layout.units}
+        self.names = list(self._units)
         self._room = Room()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ptm-update")
         self._running: dict[str, Future[None] | Callable[[], None]] = {}
         self._asked = threading.Condition()
         self._reached = -1
+        self.waited_s = 0.0
 
-    def submit(self, *, scale: float, lr: float, step: int) -> None:
-        """Start the update of every unit, in the order of the forward."""
-        self._reached = -1
-        for index, unit in enumerate(self._units):
-            job = functools.partial(self._run, index, unit, scale, lr, step)
-            self._running[unit.name] = job if self.is_inline else self._thread.submit(job)
+    def submit(self, units: Sequence[str], *, scale: float, lr: float, step: int) -> None:
+        """Start the updates of `units`, in this order. None of them may be under way."""
+        is_whole = list(units) == self.names
+        self._reached = -1 if is_whole else len(self.names)
+        for index, name in enumerate(units):
+            assert name not in self._running, f"{name} is being updated"
+            job = functools.partial(self._run, index, self._units[name], scale, lr, step)
+            self._running[name] = job if self.is_inline else self._thread.submit(job)
 
     def then(self, job: Callable[[], None]) -> None:
         """Run `job` after all updates that were submitted."""
-        self._running["then"] = job if self.is_inline else self._thread.submit(job)
+        self.wait(THEN)
+        self._running[THEN] = job if self.is_inline else self._thread.submit(job)
 
     def _run(self, index: int, unit: Unit, scale: float, lr: float, step: int) -> None:
-        if self.ahead is not None and not self.is_inline:
+        ahead = self.ahead
+        if ahead is not None and not self.is_inline:
             with self._asked:
-                self._asked.wait_for(lambda: self._reached >= index - self.ahead)
+                self._asked.wait_for(lambda: self._reached >= index - ahead)
         self.states.store.note(f"update {unit.name}")
         for group in unit.groups:
-            update_group(
-                self.states, group, self.update, self._room, scale=scale, lr=lr, step=step
-            )
+            update_group(self.states, group, self.update, self._room, scale=scale, lr=lr, step=step)
+
+    def is_running(self, unit: str) -> bool:
+        running = self._running.get(unit)
+        return running is not None and not (isinstance(running, Future) and running.done())
+
+    def cancel(self, unit: str) -> bool:
+        """Take back an update that has not begun; False where it has."""
+        running = self._running.get(unit)
+        if isinstance(running, Future) and running.cancel():
+            del self._running[unit]
+            return True
+        return False
 
     def wait(self, unit: str) -> None:
         """Until the unit's last update is done. Raises what it raised."""
         running = self._running.pop(unit, None)
         if running is None:
             return
-        with self._asked:
-            reached = len(self._names) if unit == "then" else self._names.index(unit)
-            self._reached = max(self._reached, reached)
-            self._asked.notify()
+        reached = len(self.names) if unit == THEN else self.names.index(unit)
+        self._reach(max(self._reached, reached))
         if isinstance(running, Future):
+            started = time.perf_counter()
             running.result()
+            self.waited_s += time.perf_counter() - started
         else:
             running()
 
     def drain(self) -> None:
         """Until nothing is under way."""
         if self._running and not self.is_inline:
-            with self._asked:
-                self._reached = len(self._names)
-                self._asked.notify()
-        for name in list(self._running):
+            self._reach(len(self.names))
+        for name in [*self.names, THEN]:
             self.wait(name)
 
     def close(self) -> None:
-        with self._asked:
-            self._reached = len(self._names)
-            self._asked.notify()
+        self._reach(len(self.names))
         self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def _reach(self, index: int) -> None:
+        with self._asked:
+            self._reached = index
+            self._asked.notify()

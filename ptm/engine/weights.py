@@ -61,7 +61,10 @@ class Gathered:
 
     def pack(self, tensor: Tensor) -> Tensor | Place:
         frame = self.frame
-        if frame is None or tensor.untyped_storage().data_ptr() != frame.untyped_storage().data_ptr():
+        if (
+            frame is None
+            or tensor.untyped_storage().data_ptr() != frame.untyped_storage().data_ptr()
+        ):
             return tensor
         offset = tensor.storage_offset() - frame.storage_offset()
         return Place(tensor.shape, tensor.stride(), offset)
@@ -84,11 +87,11 @@ class Weights:
         mesh: Mesh,
         *,
         keep: bool,
-        wait_for_update: Callable[[str], None],
+        before_gather: Callable[[str], None],
     ) -> None:
         """keep: every unit has a frame and keeps it (zero 1 and 2)."""
         self.units, self.states, self.mesh, self.keep = units, states, mesh, keep
-        self.wait_for_update = wait_for_update
+        self.before_gather = before_gather
         self.phase = "forward"
         self.dtype = units[0].params[0][2].dtype
         shared = [u.unit.numel for u in units if not u.owns_frame]
@@ -106,7 +109,7 @@ class Weights:
         """Begin to gather, unless that was done."""
         if unit.is_ready or unit.pending is not None:
             return
-        self.wait_for_update(unit.unit.name)
+        self.before_gather(unit.unit.name)
         self.states.store.note(f"{self.phase} {unit.unit.name}")
         if unit.frame is None:
             unit.frame = self._free.pop()

@@ -124,7 +124,10 @@ def _values(
     step_s, spans = clock.take()
     data_s = spans.get("data", 0.0)
     tokens_per_s = outcome.tokens / step_s
-    counts_LE = run.engine.model.take_expert_counts()  # type: ignore[operator]
+    model: Any = run.engine.model
+    counts_LE = run.mesh.sum_counts(model.take_expert_counts())
+    if not outcome.is_skipped:
+        model.update_router_bias(counts_LE)
     return {
         "loss": outcome.loss,
         "tokens": run.state.tokens,
@@ -138,7 +141,8 @@ def _values(
         "communication_s": communication_s,
         "compute_s": max(0.0, step_s - data_s - communication_s),
         "skipped": run.state.skipped,
-        "expert_load": expert_load(run.mesh.sum_counts(counts_LE)),
+        "aux_loss": outcome.flags[1] / max(outcome.tokens, 1),
+        "expert_load": expert_load(counts_LE, ep=run.mesh.ep.size()),
     }
 
 

@@ -57,8 +57,12 @@ class Engine(Protocol):
         """Set one parameter's master from a whole fp32 tensor that every rank holds."""
         ...
 
-    def backward(self, loss: Tensor, *, is_last: bool) -> None:
-        """Add the gradients of `loss`, a sum over tokens, to this step's; is_last: its last."""
+    def backward(self, loss: Tensor, *, is_last: bool, tokens: Tensor, lr: float) -> None:
+        """Add the gradients of `loss`, a sum over tokens, to this step's.
+
+        is_last: of this rank's micro-batches in the step; tokens: of this and those before; lr: of
+        the step. With the last, an engine may begin to update.
+        """
         ...
 
     def step(self, *, nll_sum: Tensor, tokens: Tensor, lr: float, flags: list[float]) -> Outcome:
@@ -85,8 +89,8 @@ class Engine(Protocol):
         """Bytes sent by kind, and what the tiers did, since the start."""
         ...
 
-    def close(self) -> None:
-        """End threads, and let go of memory and files."""
+    def close(self, *, is_failing: bool = False) -> None:
+        """End threads, and let go of memory and files. is_failing: wait for no peer."""
         ...
 
 
@@ -102,11 +106,14 @@ def train_step(
     """Run one step over this rank's micro-batches: as many on every rank, some maybe without
     rows."""
     nll_sum = torch.zeros((), dtype=torch.float64, device=device)
+    aux_sum = torch.zeros((), dtype=torch.float64, device=device)
     tokens = torch.zeros((), dtype=torch.int64, device=device)
     engine.model.train()
     for i, batch in enumerate(batches, start=1):
         loss = objective(engine.model, batch)
-        engine.backward(loss.nll_sum, is_last=i == len(batches))
         nll_sum += loss.nll_sum.detach()
+        if loss.aux_sum is not None:
+            aux_sum += loss.aux_sum.detach()
         tokens += loss.tokens
-    return engine.step(nll_sum=nll_sum, tokens=tokens, lr=lr, flags=flags)
+        engine.backward(loss.total, is_last=i == len(batches), tokens=tokens, lr=lr)
+    return engine.step(nll_sum=nll_sum, tokens=tokens, lr=lr, flags=[*flags, float(aux_sum)])

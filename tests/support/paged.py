@@ -65,6 +65,9 @@ class PlainStore:
     def wait_commit(self) -> None:
         pass
 
+    def undo(self) -> None:
+        raise AssertionError("there is no disk")
+
     def report(self) -> dict[str, float]:
         return {}
 
@@ -98,6 +101,7 @@ def make_engine(
     model: ModelConfig = MODEL,
     open_tiers: Any = in_memory,
     clip: float = 1.0,
+    num_exact: int = 0,
 ) -> PagedEngine:
     """An engine with the weights of seed 1."""
     transformer = Transformer(model, dtype=dtype, device="meta")
@@ -119,6 +123,7 @@ def make_engine(
         dtype=dtype,
         update=functools.partial(adamw, config=OPTIM),
         clip=clip,
+        num_exact=num_exact,
         open_tiers=open_tiers,
     )
     if engine.restored is not None:
@@ -131,7 +136,9 @@ def make_engine(
     return engine
 
 
-def backward(engine: PagedEngine, mesh: Mesh, step: int, micro_batches: int = 1) -> Any:
+def backward(
+    engine: PagedEngine, mesh: Mesh, step: int, micro_batches: int = 1, lr: float = 1e-2
+) -> Any:
     """Forward and backward of this rank's rows of a step; returns (nll sum, tokens)."""
     engine.model.train()
     per_rank = ROWS // mesh.world
@@ -141,8 +148,8 @@ def backward(engine: PagedEngine, mesh: Mesh, step: int, micro_batches: int = 1)
         first = mesh.rank * per_rank + i * per_batch
         last = min(first + per_batch, (mesh.rank + 1) * per_rank)
         loss = engine.model.loss(batch(step, slice(first, max(first, last))))
-        engine.backward(loss.nll_sum, is_last=i == micro_batches - 1)
         nll, tokens = nll + loss.nll_sum.detach(), tokens + loss.tokens
+        engine.backward(loss.total, is_last=i == micro_batches - 1, tokens=tokens, lr=lr)
     return nll, tokens
 
 
@@ -151,7 +158,7 @@ def run_steps(
 ) -> list[Any]:
     outcomes = []
     for step in steps:
-        nll, tokens = backward(engine, mesh, step, micro_batches)
+        nll, tokens = backward(engine, mesh, step, micro_batches, lr)
         outcomes.append(engine.step(nll_sum=nll, tokens=tokens, lr=lr, flags=[]))
         engine.commit(step + 1, {"updates": engine.updates})
     return outcomes
