@@ -57,6 +57,15 @@ class Verb(NamedTuple):
     job: str
     "Called with the config; returns an exit code or None."
     positionals: tuple[str, ...] = ()
+    others: dict[str, tuple[str, str]] = {}
+    "First word -> the config that it has instead, and that one's positional."
+
+    def told(self, words: list[str]) -> Verb:
+        """This verb as its first word makes it."""
+        if not words or words[0] not in self.others:
+            return self
+        config, positional = self.others[words[0]]
+        return self._replace(config=config, positionals=(positional,))
 
 
 VERBS = {
@@ -85,7 +94,13 @@ VERBS = {
     "report": Verb(
         "One HTML file about a run.", "ptm.jobs:ReportJob", "ptm.verbs:report", ("run",)
     ),
-    "bench": Verb("Measure: router.", "ptm.jobs:BenchJob", "ptm.verbs:bench", ("name",)),
+    "bench": Verb(
+        "Measure: router; engines, wire or tiers (ptm bench engines --help).",
+        "ptm.jobs:BenchJob",
+        "ptm.verbs:bench",
+        ("name",),
+        {name: ("ptm.jobs:StepBenchJob", "bench") for name in ("engines", "wire", "tiers")},
+    ),
 }
 
 
@@ -137,7 +152,7 @@ def _parse(words: list[str]) -> Callable[[], int | None]:
         guess = f"ptm train {name}" if "=" in name else f"ptm {near[0] if near else '--help'}"
         rule = f"no such verb, there are {', '.join(VERBS)}"
         raise RecipeError(line("verb", name, rule, f"did you mean {guess}?"))
-    verb = VERBS[name]
+    verb = VERBS[name].told(rest)
     if "-h" in rest or "--help" in rest:
         return functools.partial(_show, _page(name, verb))
     config = _config(verb, rest)

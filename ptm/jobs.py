@@ -86,3 +86,29 @@ class BenchJob:
     "Folder of the runs; finished ones are read, not run again."
     json: str | None = None
     "File that takes the numbers as JSON."
+
+
+@config
+class StepBenchJob(Recipe):
+    """Benches of whole steps, whose recipe words apply to every engine."""
+
+    bench: str
+    "Which benchmark: engines, wire or tiers."
+    ranks: int = ranged(2, least=1, most=64)
+    "Ranks of every engine, on this machine."
+    rounds: int = ranged(5, least=1, most=1000)
+    "Turns of every engine that are measured."
+    round_steps: int = ranged(4, least=1, most=10_000)
+    "Steps in one turn."
+    warmup: int = ranged(10, least=1, most=10_000)
+    "Steps before the first measured turn."
+    turn_timeout_s: int = ranged(600, least=5, most=86_400)
+    "How long a turn may take before its engine counts as failed."
+    only: tuple[str, ...] = ()
+    "Engines to run, of bench engines; empty is all. fsdp, the basis, always runs."
+    ops_dir: str | None = None
+    "Folder where DeepSpeed's ops were built ahead (its TORCH_EXTENSIONS_DIR)."
+    out: str = "runs/bench-steps"
+    "Folder for logs, and for the pages of engines that use a disk."
+    json: str | None = None
+    "File that takes the numbers as JSON."

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ptm.bench import router
+from ptm.bench import engines, router, tiers, wire
 from ptm.build import make_plan
 from ptm.checkpoint.folders import step_folder
 from ptm.checkpoint.hf import Opened
@@ -18,21 +18,31 @@ from ptm.checkpoint.open_model import open_model
 from ptm.common import env
 from ptm.common.device import best_device
 from ptm.common.errors import CheckpointError, RecipeError, StorageError, line
+from ptm.common.values import show
 from ptm.data import job as data_job
 from ptm.data.config import DataConfig
 from ptm.data.corpus import Corpus, open_corpus
 from ptm.data.tokenizer import load_tokenizer
 from ptm.eval.perplexity import held_out
-from ptm.jobs import BenchJob, DataJob, EvalJob, GenerateJob, PlanJob, ReportJob
+from ptm.jobs import (
+    BenchJob,
+    DataJob,
+    EvalJob,
+    GenerateJob,
+    PlanJob,
+    ReportJob,
+    StepBenchJob,
+)
 from ptm.mesh.mesh import open_mesh
 from ptm.model.transformer import Transformer
 from ptm.parts import Batches
 from ptm.planner.hardware import counted
-from ptm.recipe import load_recipe
+from ptm.recipe import difference, load_recipe
 from ptm.report.html import write_report
 from ptm.serve.generator import Sampling, stream_text
 
 BENCHES = {"router": router.run}
+STEP_BENCHES = {"engines": engines.run, "wire": wire.run, "tiers": tiers.run}
 
 
 def plan(job: PlanJob) -> None:
@@ -132,12 +142,25 @@ def report(job: ReportJob) -> None:
     print(write_report(Path(job.run), out=job.out))
 
 
-def bench(job: BenchJob) -> None:
+def bench(job: BenchJob | StepBenchJob) -> None:
     """Run one benchmark and print its table."""
+    if isinstance(job, StepBenchJob):
+        if job.bench not in STEP_BENCHES:
+            rule = f"must be one of {', '.join(STEP_BENCHES)}"
+            raise RecipeError(line("bench", job.bench, rule, "as in `ptm bench engines`"))
+        STEP_BENCHES[job.bench](job, recipe_words(job))
+        return
     if job.name not in BENCHES:
-        rule = f"must be one of {', '.join(BENCHES)}"
+        rule = f"must be one of {', '.join([*BENCHES, *STEP_BENCHES])}"
         raise RecipeError(line("name", job.name, rule, "as in `ptm bench router`"))
     BENCHES[job.name](job)
+
+
+def recipe_words(job: StepBenchJob) -> tuple[str, ...]:
+    """Words that make the recipe within `job`, for other processes."""
+    changed = difference(job)
+    named = (f"recipe={job.recipe}", f"model.scale={job.model.scale}")
+    return (*named, *(f"{key}={show(here)}" for key, (_, here) in changed.items()))
 
 
 def _open(run: str, step: int | None) -> tuple[Opened, Path]:

@@ -119,10 +119,15 @@ class DeepspeedEngine:
     def _zero(self) -> Any:
         return self.engine.optimizer
 
+    def restore(self) -> None:
+        raise AssertionError("nothing to restore")
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return dict(self._shapes)
 
-    def backward(self, loss: Tensor, *, is_last: bool) -> None:
+    def backward(
+        self, loss: Tensor, *, is_last: bool, tokens: Tensor | None = None, lr: float = 0.0
+    ) -> None:
         """Add the gradients of `loss` (a SUM over tokens) to this step's."""
         self.engine.set_gradient_accumulation_boundary(is_last)
         self.engine.backward(loss)
@@ -250,7 +255,7 @@ class DeepspeedEngine:
     def commit(self, step: int, meta: dict[str, Any]) -> None:
         """Nothing is kept but by a checkpoint."""
 
-    def close(self) -> None:
+    def close(self, *, is_failing: bool = False) -> None:
         self.engine.destroy()
 
     def report(self) -> dict[str, float]:

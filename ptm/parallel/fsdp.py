@@ -137,6 +137,9 @@ class FsdpEngine:
     restored = None
     """No tier of this engine survives a process."""
 
+    def restore(self) -> None:
+        raise AssertionError("nothing to restore")
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(param.shape) for name, param in self.params.items()}
 
@@ -147,7 +150,9 @@ class FsdpEngine:
         first = _first_row(self.params[name], self.mesh)
         master.copy_(value[first : first + len(master)])
 
-    def backward(self, loss: Tensor, *, is_last: bool = True) -> None:
+    def backward(
+        self, loss: Tensor, *, is_last: bool, tokens: Tensor | None = None, lr: float = 0.0
+    ) -> None:
         """Add the gradients of `loss` (a SUM over tokens) to this step's."""
         if self.zero == 1:
             self.model.set_requires_gradient_sync(is_last)  # type: ignore[operator]
@@ -212,7 +217,7 @@ class FsdpEngine:
     def commit(self, step: int, meta: dict[str, Any]) -> None:
         """Nothing is kept but by a checkpoint."""
 
-    def close(self) -> None:
+    def close(self, *, is_failing: bool = False) -> None:
         """Nothing to release."""
 
     def report(self) -> dict[str, float]:
@@ -247,7 +252,8 @@ def shard(
             unit,
             mesh=mesh.dp,
             mp_policy=policy,
-            reshard_after_forward=zero == 3 and unit is not model,
+            # The last unit's backward follows its forward at once, as the root's does.
+            reshard_after_forward=zero == 3 and unit not in [*units[-1:], model],
         )
     check_names(model)
     for unit in [*units, model]:
