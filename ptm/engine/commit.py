@@ -91,7 +91,7 @@ class Slots:
         self.agreed_sums = self.pending_sums
 
     def undo(self) -> list[int]:
-        """Back to the last commit; returns the durable pages whose newest content is now another."""
+        """Back to the last commit; returns the durable pages whose content that changes."""
         first, stop = self.durable.start, self.durable.stop
         changed = [p for p in self.durable if self.now[p] != self.agreed[p - first]]
         self.now[first:stop], self.sums[first:stop] = self.agreed, self.agreed_sums

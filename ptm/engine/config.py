@@ -56,7 +56,7 @@ class EngineConfig:
     """exact: weights are up to date at every use; bounded: at most one step late; lock_free: as
     late as the disk makes them, counted."""
     moments: MomentsKind = MomentsKind.fp32
-    "Format of the optimizer's moments: fp32, or int8 by blocks (6 bytes a parameter instead of 12)."
+    "Format of moments: fp32, or int8 by blocks: 6 bytes a parameter instead of 12."
     journal_every: int = ranged(1, least=1, most=1_000_000)
     "Steps between two commits of the ssd tier: what a kill can cost at most."
     bucket_mib: int = ranged(32, least=1, most=65_536)

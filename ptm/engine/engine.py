@@ -144,6 +144,7 @@ class PagedEngine:
         self.hooks = Hooks(modules, self.weights, self.timing.weights_read)
         self._is_first = True
         self._num_commits = 0
+        self._is_committed = False
 
     @property
     def restored(self) -> tuple[int, dict[str, Any]] | None:
@@ -167,8 +168,13 @@ class PagedEngine:
             )
 
     def backward(self, loss: Tensor, *, is_last: bool, tokens: Tensor, lr: float) -> None:
-        """Add the gradients of `loss` (a SUM over tokens) to this step's; is_last: of this step."""
-        if is_last and isinstance(self.timing, Exact) and self.timing.may_guess:
+        """Add the gradients of `loss` (a SUM over tokens) to this step's; is_last: of it."""
+        if (
+            is_last
+            and isinstance(self.timing, Exact)
+            and self.timing.may_guess
+            and self._is_committed
+        ):
             group = self.mesh.dp.get_group()
             total = all_reduce_sum(tokens.detach().clone().double(), group, self.mesh.ledger)
             self.timing.guess(self._decision(max(float(total), 1.0), 1.0, lr))
@@ -194,12 +200,13 @@ class PagedEngine:
         factor = _clip_factor(norm, self.clip) if is_finite else 0.0
         self.weights.outdated()
         self.hooks.is_first_forward = True
-        if self.tiers.paging is not None:
-            self.updater.is_inline = self.tiers.paging.border()
-        self.timing.decided(self._decision(total, factor, lr) if is_finite else None)
-        self.updates += is_finite
         if isinstance(self.timing, Exact):
             self.timing.is_likely = factor == 1.0
+        if self.tiers.paging is not None:
+            self.updater.is_inline = self.tiers.paging.border(self.timing.kind)
+        self.timing.decided(self._decision(total, factor, lr) if is_finite else None)
+        self.updates += is_finite
+        self._is_committed = False
         return Outcome(heard[2] / total, int(heard[1]), norm, not is_finite, heard[3:], where)
 
     def publish(self) -> None:
@@ -246,6 +253,7 @@ class PagedEngine:
         if self.tiers.journal_every and step % self.tiers.journal_every == 0:
             self.timing.then(lambda: self.store.commit(step, meta))
             self._num_commits += 1
+            self._is_committed = True
             if self._num_commits == 3 and self.mesh.is_main and self.tiers.folder is not None:
                 forget_other_layouts(self.tiers.folder)  # the first commit is on all ranks by now
 
@@ -261,6 +269,8 @@ class PagedEngine:
 
     def close(self, *, is_failing: bool = False) -> None:
         """End threads, free memory and files. is_failing: wait for nothing that needs a peer."""
+        if not is_failing:
+            self.drain()
         self.updater.close()
         if self.tiers.journal_every and not is_failing:
             self.store.wait_commit()

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ptm.engine.weights import Gathered, Weights, saved_as_places
+from ptm.engine.weights import Weights, saved_as_places
 
 
 class Hooks:

@@ -103,6 +103,7 @@ class TierOpener:
                 num_frames=budget.num_frames,
                 policy=config.policy,
                 rates=(found.read_bytes_per_s, found.write_bytes_per_s),
+                commits=config.journal_every == 1,
             )
         if ssd is None:
             return Tiers(store, paging, budget=budget)

@@ -12,6 +12,7 @@ memory nothing is traced. What is scheduled changes when pages move and never wh
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from ptm.engine.config import PolicyKind
@@ -21,6 +22,15 @@ from ptm.engine.store import PageStore
 from ptm.engine.trace import Tracer
 
 FIRST, FACTOR, MOST = 2, 8, 1024
+
+
+@dataclass
+class Plan:
+    """What is known of one kind of step."""
+
+    schedule: Schedule | None = None
+    num_steps: int = 0
+    next_trace: int = FIRST
 
 
 class Paging:
@@ -34,51 +44,66 @@ class Paging:
         num_frames: int,
         policy: PolicyKind,
         rates: tuple[float, float],
+        commits: bool,
     ) -> None:
-        """rates: bytes a second that the disk reads and writes."""
+        """rates: bytes a second that the disk reads and writes; commits: after every step."""
         self.store, self.pages, self.num_frames, self.policy = store, pages, num_frames, policy
-        self.rates = rates
-        self.schedule: Schedule | None = None
-        self.num_steps = 0
+        self.rates, self.commits = rates, commits
         self.num_plans = 0
-        self._next = FIRST
+        self._plans: dict[object, Plan] = {}
+        self._kind: object = None
         kinds = [(k.name, k.first + k.count) for k in (pages.weights, pages.states, pages.grads)]
         self._tracer = Tracer(kinds)
 
-    def border(self) -> bool:
-        """Between two steps. Returns whether the step that begins is traced."""
+    @property
+    def schedule(self) -> Schedule | None:
+        """Of the kind of step that was planned last."""
+        found = [plan.schedule for plan in self._plans.values() if plan.schedule is not None]
+        return found[-1] if found else None
+
+    def border(self, kind: object) -> bool:
+        """Between two steps. Steps of one kind have the same accesses in the same order.
+
+        Returns whether the step that begins is traced.
+        """
         if self._tracer.is_recording:
             self.store.trace_into(None)
-            self._plan()
-        self.num_steps += 1
+            self._plan(self._plans[self._kind])
+        plan = self._plans.setdefault(kind, Plan())
+        if kind != self._kind or self.store.schedule is not plan.schedule:
+            self.store.set_schedule(plan.schedule)
+        self._kind = kind
+        plan.num_steps += 1
         self.store.begin_step()
-        if self.num_steps == self._next:
-            self._next = min(self._next * FACTOR, self._next + MOST)
+        if plan.num_steps == plan.next_trace:
+            plan.next_trace = min(plan.next_trace * FACTOR, plan.next_trace + MOST)
             self._tracer.begin()
             self.store.trace_into(self._tracer.note)
         return self._tracer.is_recording
 
-    def _plan(self) -> None:
+    def _plan(self, plan: Plan) -> None:
         trace = self._tracer.end()
         if not trace.accesses:
             return
-        if self.schedule is not None and not needs_replan(self.schedule, trace):
+        if plan.schedule is not None and not needs_replan(plan.schedule, trace):
             return
         read_rate, write_rate = self.rates
-        self.schedule = make_schedule(
+        grads = self.pages.grads
+        plan.schedule = make_schedule(
             trace,
             num_frames=self.num_frames,
             page_bytes=self.pages.page_bytes,
             read_bytes_per_s=read_rate,
             write_bytes_per_s=write_rate,
             policy=self.policy,
+            scratch=range(grads.first, grads.first + grads.count),
+            commits=self.commits,
         )
         self.num_plans += 1
-        self.store.set_schedule(self.schedule)
 
     def save(self, folder: Path) -> None:
         """Leave the schedule for people: schedule.txt, schedule.svg and the trace it is from."""
-        if self.schedule is not None:
-            (folder / "schedule.txt").write_text(self.schedule.text())
-            self.schedule.svg(folder / "schedule.svg")
-            self.schedule.trace.save(folder / "trace.json")
+        if (schedule := self.schedule) is not None:
+            (folder / "schedule.txt").write_text(schedule.text())
+            schedule.svg(folder / "schedule.svg")
+            schedule.trace.save(folder / "trace.json")

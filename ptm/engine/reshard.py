@@ -112,6 +112,9 @@ class ReadStore:
     def release(self, page: int, *, dirty: bool = False) -> None:
         assert not dirty, page
 
+    def discard(self, pages: Any) -> None:
+        del pages
+
     def note(self, what: str) -> None:
         del what
 

@@ -15,7 +15,7 @@ zero would make an endless step.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -35,6 +35,8 @@ class Store(Protocol):
     def hold(self, page: int, *, write: bool = False) -> Tensor: ...
 
     def release(self, page: int, *, dirty: bool = False) -> None: ...
+
+    def discard(self, pages: Iterable[int]) -> None: ...
 
     def note(self, what: str) -> None: ...
 
@@ -198,7 +200,7 @@ def _blocks(values: Tensor, apply, scales: Tensor) -> None:
 
 
 class PageRows:
-    """StateRows over pages: one parameter's masters or moments on this rank, or some of its rows."""
+    """StateRows over pages: one parameter's masters or moments on this rank, or some rows."""
 
     dtype = torch.float32
 

@@ -171,6 +171,10 @@ class PageStore:
             if schedule is not None:
                 self._policy.follow(schedule)
 
+    @property
+    def schedule(self) -> Schedule | None:
+        return None if self._follower is None else self._follower.schedule
+
     def begin_step(self) -> None:
         """A step begins: its first access is the next one expected."""
         with self._lock:

@@ -41,6 +41,11 @@ class Decision(NamedTuple):
 class Timing(Protocol):
     """Called by the thread that trains, with names of units."""
 
+    @property
+    def kind(self) -> object:
+        """Steps of equal kind touch pages in the same order."""
+        ...
+
     def before_gather(self, unit: str) -> None:
         """The unit's weights are about to be read."""
         ...
@@ -78,8 +83,15 @@ class Exact:
     def __init__(self, updater: Updater, undo: Callable[[], None] | None) -> None:
         self.updater, self.undo = updater, undo
         self._guess: Decision | None = None
+        self._used: set[str] = set()
+        "Units whose gradient sums a right guess has used."
         self._num_guesses = self._num_undone = 0
         self.is_likely = False
+
+    @property
+    def kind(self) -> object:
+        """What the step that begins at a decision is like: where its updates are, in it."""
+        return (self._guess is None, self.may_guess)
 
     def guess(self, decision: Decision) -> None:
         """Update in this backward, on the assumption that the step will be decided like this."""
@@ -93,6 +105,9 @@ class Exact:
 
     def before_gather(self, unit: str) -> None:
         self.updater.wait(unit)
+        if unit in self._used:
+            self._used.discard(unit)
+            self.updater.discard(unit)
 
     def weights_read(self, unit: str) -> None: ...
 
@@ -102,12 +117,15 @@ class Exact:
 
     def landed(self, unit: str) -> None:
         if self._guess is not None:
-            self._submit([unit], self._guess)
+            self._submit([unit], self._guess, discard=False)
+            if self.updater.is_inline:
+                self.updater.wait(unit)
 
     def decided(self, decision: Decision | None) -> None:
         guess, self._guess = self._guess, None
         if guess is not None:
             if guess == decision:
+                self._used = set(self.updater.names)
                 return
             self.updater.drain()
             assert self.undo is not None
@@ -116,8 +134,10 @@ class Exact:
         if decision is not None:
             self._submit(self.updater.names, decision)
 
-    def _submit(self, units: list[str], decision: Decision) -> None:
-        self.updater.submit(units, scale=decision.scale, lr=decision.lr, step=decision.step)
+    def _submit(self, units: list[str], decision: Decision, discard: bool = True) -> None:
+        # The sums of a guess are needed again if it was wrong.
+        scale, lr, step, _ = decision
+        self.updater.submit(units, scale=scale, lr=lr, step=step, discard=discard)
 
     def then(self, job: Callable[[], None]) -> None:
         self.updater.then(job)
@@ -140,6 +160,10 @@ class Bounded:
         self._due: dict[str, Decision] = {}
         self._after: list[Callable[[], None]] = []
         self._waits = 0
+
+    @property
+    def kind(self) -> object:
+        return bool(self._due)
 
     def before_gather(self, unit: str) -> None:
         self.updater.wait(unit)
@@ -200,6 +224,10 @@ class LockFree:
         self._step = 0
         self._num_merged = self._num_late = self._num_gathers = self._most_late = 0
 
+    @property
+    def kind(self) -> object:
+        return None
+
     def before_gather(self, unit: str) -> None:
         running = self.updater.is_running(unit)
         late = self._step - self._applied.get(unit, self._step) if running else 0
@@ -244,7 +272,7 @@ class LockFree:
         self._applied = dict.fromkeys(self.updater.names, self._step)
 
     def report(self) -> dict[str, float]:
-        """Mean and largest steps by which gathered weights were late; updates merged into others."""
+        """Steps by which gathered weights were late, mean and most; updates merged into others."""
         return {
             "late_steps_mean": self._num_late / max(self._num_gathers, 1),
             "late_steps_most": float(self._most_late),

@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -28,9 +29,6 @@ from ptm.engine.states import CHUNK, Moments, PagedStates
 Update = Callable[..., None]
 """`update(param, grad=, exp_avg=, exp_avg_sq=, step=, lr=, decay=)` on flat fp32 ranges;
 optim.adamw is one."""
-
-THEN = "then"
-"""Name of what runs after the updates, among the units."""
 
 
 @dataclass
@@ -106,25 +104,41 @@ class Updater:
         self._room = Room()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ptm-update")
         self._running: dict[str, Future[None] | Callable[[], None]] = {}
+        self._jobs: deque[Future[None]] = deque()
+        self._inline: deque[Callable[[], None]] = deque()
         self._asked = threading.Condition()
         self._reached = -1
         self.waited_s = 0.0
 
-    def submit(self, units: Sequence[str], *, scale: float, lr: float, step: int) -> None:
-        """Start the updates of `units`, in this order. None of them may be under way."""
+    def submit(
+        self, units: Sequence[str], *, scale: float, lr: float, step: int, discard: bool = True
+    ) -> None:
+        """Start the updates of `units`, in this order. None of them may be under way.
+
+        discard: the gradient sums are of no use afterwards, so their pages need not be kept.
+        """
+        if self.is_inline:  # what was to come after the updates before comes before these
+            self._finish_jobs()
         is_whole = list(units) == self.names
         self._reached = -1 if is_whole else len(self.names)
         for index, name in enumerate(units):
             assert name not in self._running, f"{name} is being updated"
-            job = functools.partial(self._run, index, self._units[name], scale, lr, step)
+            unit = self._units[name]
+            job = functools.partial(self._run, index, unit, scale, lr, step, discard)
             self._running[name] = job if self.is_inline else self._thread.submit(job)
 
     def then(self, job: Callable[[], None]) -> None:
-        """Run `job` after all updates that were submitted."""
-        self.wait(THEN)
-        self._running[THEN] = job if self.is_inline else self._thread.submit(job)
+        """Run `job` after all updates that were submitted. Raises what earlier jobs raised."""
+        while self._jobs and self._jobs[0].done():
+            self._jobs.popleft().result()
+        if self.is_inline and self._running:
+            self._inline.append(job)
+        else:
+            self._jobs.append(self._thread.submit(job))
 
-    def _run(self, index: int, unit: Unit, scale: float, lr: float, step: int) -> None:
+    def _run(
+        self, index: int, unit: Unit, scale: float, lr: float, step: int, discard: bool
+    ) -> None:
         ahead = self.ahead
         if ahead is not None and not self.is_inline:
             with self._asked:
@@ -132,6 +146,19 @@ class Updater:
         self.states.store.note(f"update {unit.name}")
         for group in unit.groups:
             update_group(self.states, group, self.update, self._room, scale=scale, lr=lr, step=step)
+        if discard:
+            self.discard(unit.name)
+
+    def discard(self, name: str) -> None:
+        """Forget the gradient pages that hold nothing but this unit's sums, which were used: they
+        need not be written when they leave memory. Its next gradients must not have landed."""
+        if self.ahead is None:
+            return
+        groups = self._units[name].groups
+        start, stop = groups[0].base, groups[-1].base + groups[-1].shard_numel
+        kind = self.states.pages.grads
+        first, last = -(-start // kind.per_page), stop // kind.per_page
+        self.states.store.discard(range(kind.first + first, kind.first + max(first, last)))
 
     def is_running(self, unit: str) -> bool:
         running = self._running.get(unit)
@@ -150,21 +177,26 @@ class Updater:
         running = self._running.pop(unit, None)
         if running is None:
             return
-        reached = len(self.names) if unit == THEN else self.names.index(unit)
-        self._reach(max(self._reached, reached))
+        self._reach(max(self._reached, self.names.index(unit)))
         if isinstance(running, Future):
             started = time.perf_counter()
             running.result()
             self.waited_s += time.perf_counter() - started
         else:
             running()
+        while self._inline and not self._running:
+            self._inline.popleft()()
 
     def drain(self) -> None:
         """Until nothing is under way."""
-        if self._running and not self.is_inline:
-            self._reach(len(self.names))
-        for name in [*self.names, THEN]:
+        self._reach(len(self.names))
+        for name in self.names:
             self.wait(name)
+        self._finish_jobs()
+
+    def _finish_jobs(self) -> None:
+        while self._jobs:
+            self._jobs.popleft().result()
 
     def close(self) -> None:
         self._reach(len(self.names))

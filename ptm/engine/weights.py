@@ -4,10 +4,10 @@
     ready    wait for them, and point the parameters into the frame
     release  point the parameters at nothing; the frame is free
 
-With zero 3, blocks share two frames: one computes while the next arrives. The root (embedding, norm,
-head) has its own, and keeps it until the next update. Below zero 3 every unit has a frame of its own
-and keeps it. A released parameter is one element seen through strides of zero, so shapes and types
-stay right and a use of it is noticed by its values, never by a crash in a library.
+With zero 3, blocks share two frames: one computes while the next arrives. The root (embedding,
+norm, head) has its own, and keeps it until the next update. Below zero 3 every unit has a frame of
+its own and keeps it. A released parameter is one element seen through strides of zero, so shapes
+and types stay right and a use of it is noticed by its values, never by a crash in a library.
 
 Autograd keeps weights for the backward. Where blocks are not recomputed, those weights would keep a
 frame alive or, worse, show another unit's values later, so what is saved out of a frame is saved as

@@ -13,7 +13,6 @@ from tests.support.mesh import mesh_of_test
 from tests.support.paged import MODEL, make_engine, run_steps, whole_state
 from tests.support.ranks import run_ranks
 
-
 WIDE = replace(MODEL, moe_intermediate_size=512, num_experts=8, num_hidden_layers=4)
 
 

@@ -50,7 +50,13 @@ def test_states_are_the_same_bits_on_any_other_ranks(old, tmp_path):
 def _copy(folder, to):
     import shutil
 
-    shutil.copytree(folder, to, ignore=lambda d, names: [x for x in names if "-" in x and ".n" not in x and "rank" not in x])
+    shutil.copytree(
+        folder,
+        to,
+        ignore=lambda d, names: [
+            x for x in names if "-" in x and ".n" not in x and "rank" not in x
+        ],
+    )
 
 
 @pytest.mark.parametrize("away", [(1, 1), (4, 2), (2, 2)], ids=str)

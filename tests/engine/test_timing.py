@@ -80,9 +80,9 @@ def test_a_non_finite_gradient_never_reaches_weights_guessed_ahead(world, tmp_pa
 
 def _late(rank, world, num_exact):
     """Losses of bounded updates, and of weights that are taken one step late by hand."""
-    from tests.support.paged import MODEL, OPTIM, batch
     from ptm.model.init import new_weight
     from ptm.model.transformer import Transformer
+    from tests.support.paged import MODEL, OPTIM, batch
 
     mesh = mesh_of_test(rank, world)
     config = EngineConfig(page_mib=1, update=UpdateKind.bounded)

@@ -56,6 +56,9 @@ class PlainStore:
     def release(self, page: int, *, dirty: bool = False) -> None:
         pass
 
+    def discard(self, pages: Any) -> None:
+        pass
+
     def note(self, what: str) -> None:
         pass
 
