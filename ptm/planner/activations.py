@@ -97,7 +97,7 @@ def _kept_scores(job: Job) -> int:
 
 def _expert_rows(job: Job) -> int:
     m, c, T = job.model, job.compute_bytes, job.micro_rows * job.seq_len
-    R = grouped_rows(T * m.num_experts_per_tok, m.num_experts)
+    R = grouped_rows(T * m.num_experts_per_tok, m.num_experts // job.ep)
     # On CUDA autograd keeps the activation and the product too.
     hidden = (4 if job.device == "cuda" else 2) * m.moe_intermediate_size
     return R * c * (2 * m.hidden_size + hidden)
@@ -109,9 +109,10 @@ def _experts_backward(job: Job) -> int:
     Rows are taken as evenly spread; a group of r rows too many adds 4 r F c bytes.
     """
     m, c, T = job.model, job.compute_bytes, job.micro_rows * job.seq_len
-    D, E, F = m.hidden_size, m.num_experts, m.moe_intermediate_size
+    D, E, F = m.hidden_size, m.num_experts // job.ep, m.moe_intermediate_size
     R = grouped_rows(T * m.num_experts_per_tok, E)
     saved, rows = saved_by_layer(job), R * D * c + T * D * c
+    rows += T * m.num_experts_per_tok * D * c if job.ep > 1 else 0  # on their way
     weights = 3 * E * F * D * c
     products = saved - R * D * c + rows + R * D * c + weights + 4 * R // E * F * c
     sums = saved - _expert_rows(job) + rows + weights + _widened(job, 2 * E * F * D)
@@ -124,7 +125,8 @@ def _attention_backward(job: Job) -> int:
     # On the CPU a block's probabilities, unless kept, and their gradients, and the block before.
     kept = _kept_scores(job)
     block = m.num_attention_heads * min(attention_kernel.BLOCK, job.seq_len) * job.seq_len * c
-    blocks = (3 if kept else 5) * block if job.device == "cpu" else 0
+    masks = min(attention_kernel.BLOCK, job.seq_len) * job.seq_len * (c + 1)
+    blocks = (3 if kept else 5) * block + masks if job.device == "cpu" else 0
     return T * c * (7 * D + 3 * P) + kept + 2 * D * D * c + T * c * (2 * D + 4 * P) + blocks
 
 

@@ -170,5 +170,6 @@ def buffers(job: Job) -> dict[str, int]:
         "libraries": LIBRARIES_BYTES[job.device],
         "compiled products": has_kernels * KERNEL_BYTES * min(MOST_KERNELS, shapes_of_rows),
         "heap": is_cpu * min(MOST_HEAP_BYTES, HEAP_BYTES + activations(job)),
+        "update": states.UPDATE_BYTES,
         "batches": batches,
     }

@@ -15,8 +15,12 @@ from typing import NamedTuple
 
 from ptm.engine import budget
 from ptm.engine.layout import ALIGN, Layout, PageMap, Unit, make_layout
+from ptm.engine.states import CHUNK
 from ptm.model.config import ModelConfig
 from ptm.planner.job import Job, units
+
+UPDATE_BYTES = 4 * 4 * CHUNK
+"""fp32 copies of a chunk of master, gradient and moments, in which the update works."""
 
 
 class Parts(NamedTuple):
