@@ -190,15 +190,17 @@ class Runner:
 def elements(model: ModelConfig, zero: int, micro_batches: int) -> int:
     """Elements that must be gathered or summed in a step.
 
-    zero=3: in each micro-batch, weights for forward and for backward and gradients once; but the
-    last block and the root (embedding, norm, head) go from forward to backward with nothing in
-    between. zero=2: weights once a step, gradients in each micro-batch. zero=1: both once.
+    zero=3, holding one block and the root (embedding, norm, head) at a time: in each micro-batch
+    weights for forward and for backward, and gradients once; but the last block goes from forward
+    to backward with nothing in between, and the first from there to the next forward, and the root
+    stays. zero=2: weights once a step, gradients in each micro-batch. zero=1: both once.
     """
     whole = Transformer(model, device="meta")
     total = sum(param.numel() for param in whole.parameters())
-    again = sum(param.numel() for block in whole.model.layers[:-1] for param in block.parameters())
+    blocks = [sum(param.numel() for param in b.parameters()) for b in whole.model.layers]
     if zero in (0, 3):
-        return micro_batches * (2 * total + again)
+        kept = total - sum(blocks) + blocks[0]  # from one micro-batch to the next
+        return micro_batches * (2 * total + sum(blocks[:-1])) - (micro_batches - 1) * kept
     return (1 + (micro_batches if zero == 2 else 1)) * total
 
 

@@ -126,7 +126,9 @@ class FsdpEngine:
         self.model, self.mesh, self.update, self.clip = model, mesh, update, clip
         self.zero = config.zero or 3
         self.updates = 0
-        shard(model, list(units), mesh, zero=self.zero, is_stock=is_stock)
+        units = list(units)
+        self.first = [model, *units[:1]]
+        shard(model, units, mesh, zero=self.zero, is_stock=is_stock)
         self.params: dict[str, nn.Parameter] = dict(model.named_parameters())
         self.masters = {name: _local(param) for name, param in self.params.items()}
         self.exp_avg, self.exp_avg_sq = (
@@ -156,6 +158,8 @@ class FsdpEngine:
         """Add the gradients of `loss` (a SUM over tokens) to this step's."""
         if self.zero == 1:
             self.model.set_requires_gradient_sync(is_last)  # type: ignore[operator]
+        for module in self.first if self.zero == 3 else ():  # wanted first in the next forward
+            module.set_reshard_after_backward(is_last, recurse=False)  # type: ignore[operator]
         loss.backward()
 
     @torch.no_grad()

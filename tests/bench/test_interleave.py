@@ -76,7 +76,9 @@ def test_the_least_to_send() -> None:
     model = Transformer(config, device="meta")
     whole = sum(p.numel() for p in model.parameters())
     block = sum(p.numel() for p in model.model.layers[0].parameters())
-    assert elements(config, 3, 2) == 2 * (2 * whole + 2 * block)
+    assert elements(config, 3, 1) == 2 * whole + 2 * block
+    root = whole - 3 * block
+    assert elements(config, 3, 2) == 2 * (2 * whole + 2 * block) - root - block
     assert elements(config, 2, 4) == 5 * whole
     assert elements(config, 1, 4) == 2 * whole
 
