@@ -14,7 +14,7 @@ import functools
 import shlex
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ptm import run_folder
 from ptm.checkpoint.commit import preflight
@@ -123,7 +123,8 @@ def open_run(recipe: Recipe, plan: Plan) -> Iterator[Parts]:
         on_main(peers, lambda: run_folder.claim(recipe, stack))
         incident.set_run_dir(recipe.run_dir)
         keep, size = recipe.checkpoint.keep, plan.checkpoint_bytes
-        say_if(on_main(peers, lambda: preflight(checkpoints, size, keep=keep)))
+        if recipe.checkpoint.interval:
+            say_if(on_main(peers, lambda: preflight(checkpoints, size, keep=keep)))
         corpus = open_corpus(
             recipe.data,
             vocab_size=recipe.model.vocab_size,
@@ -203,7 +204,10 @@ def finish(recipe: Recipe, parts: Parts) -> None:
     say(f"held-out bits per byte: {best:.4f} at best" if best is not None else "not evaluated")
     say(f"a sample, temperature {SAMPLE.temperature}:\n")
     # Weights are sharded: every rank makes the sample, one shows it.
-    for text in stream_text(parts.model, parts.corpus.tokenizer, SAMPLE):
+    # Each token takes all weights; where they come from a disk every time, a few must do.
+    is_paged = recipe.engine.ssd_path is not None and recipe.engine.cpu_bytes is not None
+    sampling = replace(SAMPLE, max_new_tokens=16) if is_paged else SAMPLE
+    for text in stream_text(parts.model, parts.corpus.tokenizer, sampling):
         print(text if is_main else "", end="", flush=True)
     if not is_main:
         return

@@ -99,6 +99,9 @@ class Recipe:
             rule = f"must be at most {most}, train.batch_tokens={t.batch_tokens} over train.seq_len"
             remedy = f"set train.micro_batch_size={most} or raise train.batch_tokens"
             raise RecipeError(line("train.micro_batch_size", t.micro_batch_size, rule, remedy))
+        if self.checkpoint.interval == 0 and self.engine.ssd_path is None:
+            rule = "must be 1 or more without an engine.ssd_path, or a kill loses the run"
+            raise RecipeError(line("checkpoint.interval", 0, rule, "give 100"))
         if t.warmup_steps > t.steps:
             rule = f"must be at most train.steps={t.steps}"
             remedy = f"set train.warmup_steps={t.steps // 10}"

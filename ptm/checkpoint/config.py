@@ -7,8 +7,9 @@ from ptm.common.config import config, ranged
 
 @config
 class CheckpointConfig:
-    interval: int = ranged(1000, least=1)
-    "Steps between two checkpoints; the last step, a new best and a request to stop save too."
+    interval: int = ranged(1000, least=0)
+    """Steps between two checkpoints; the last step, a new best and a request to stop save too.
+    0 writes none, where engine.ssd_path keeps every step anyway."""
     keep: int = ranged(3, least=1)
     "Newest checkpoints of this run that stay; older ones go once a new one is good."
     keep_best: bool = True

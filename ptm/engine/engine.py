@@ -21,8 +21,10 @@ a schedule from a traced step: Angel-PTM, arXiv 2303.02868.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -32,7 +34,8 @@ from ptm.engine.config import EngineConfig, MomentsKind
 from ptm.engine.grads import Grads
 from ptm.engine.hooks import Hooks
 from ptm.engine.layout import Format, Layout, Named, PageMap, Slot, make_layout
-from ptm.engine.open_store import Tiers, fingerprint, forget_other_layouts
+from ptm.engine.open_file import forget_other_layouts
+from ptm.engine.open_store import Tiers, fingerprint
 from ptm.engine.reshard import read_into
 from ptm.engine.state import StateRows, stored_shape
 from ptm.engine.states import PagedStates, PageRows
@@ -143,7 +146,9 @@ class PagedEngine:
         modules = [unit.module for unit in units]
         self.hooks = Hooks(modules, self.weights, self.timing.weights_read)
         self._is_first = True
+        self._has_grads = False
         self._num_commits = 0
+        self._commit_waited_s = 0.0
         self._is_committed = False
 
     @property
@@ -178,6 +183,7 @@ class PagedEngine:
             group = self.mesh.dp.get_group()
             total = all_reduce_sum(tokens.detach().clone().double(), group, self.mesh.ledger)
             self.timing.guess(self._decision(max(float(total), 1.0), 1.0, lr))
+        self._has_grads = True
         self.grads.begin(is_first=self._is_first, is_last=is_last)
         if loss.requires_grad:
             loss.backward()
@@ -189,6 +195,10 @@ class PagedEngine:
 
     def step(self, *, nll_sum: Tensor, tokens: Tensor, lr: float, flags: list[float]) -> Outcome:
         """Finish the step: decide, and start the update. `flags` come back summed over ranks."""
+        if not self._has_grads:  # no backward on any rank: gradients of zero, not the last ones
+            self.grads.begin(is_first=True, is_last=True)
+            self.grads.end()
+        self._has_grads = False
         said = [self.grads.square, float(tokens), float(nll_sum), *flags]
         heard = torch.tensor(said, dtype=torch.float64)
         group = self.mesh.dp.get_group()
@@ -205,9 +215,19 @@ class PagedEngine:
         if self.tiers.paging is not None:
             self.updater.is_inline = self.tiers.paging.border(self.timing.kind)
         self.timing.decided(self._decision(total, factor, lr) if is_finite else None)
+        self._wait_commit_before()
         self.updates += is_finite
         self._is_committed = False
         return Outcome(heard[2] / total, int(heard[1]), norm, not is_finite, heard[3:], where)
+
+    def _wait_commit_before(self) -> None:
+        # A step counts once it is logged, and that must not happen while the one before it could
+        # still be lost. Late weights have a later commit anyway, and lock_free waits for nothing.
+        if self._num_commits and isinstance(self.timing, Exact):
+            started = time.perf_counter()
+            self.updater.finish_jobs()
+            self.store.wait_commit()
+            self._commit_waited_s += time.perf_counter() - started
 
     def publish(self) -> None:
         """The masters were written: gather anew when next wanted."""
@@ -264,8 +284,24 @@ class PagedEngine:
             for name, entry in self.mesh.ledger.entries.items()
         }
         pages = {f"pages_{name}": value for name, value in self.store.report().items()}
-        waited = {"update_waited_s": self.updater.waited_s}
-        return sent | pages | waited | self.timing.report()
+        waited = {
+            "update_waited_s": self.updater.waited_s,
+            "commit_waited_s": self._commit_waited_s,
+        }
+        return sent | pages | waited | self._tier_bytes(pages) | self.timing.report()
+
+    def _tier_bytes(self, pages: dict[str, float]) -> dict[str, float]:
+        """What this rank holds of each tier now."""
+        if (budget := self.tiers.budget) is None:
+            return {}
+        used = pages.get("pages_frames_used", 0.0) * budget.page_bytes
+        used += budget.gathered_bytes + budget.summed_bytes
+        return {"tier_cpu_bytes": used, "tier_ssd_bytes": float(budget.ssd_bytes)}
+
+    def leave(self, folder: Path) -> None:
+        """Where pages moved by a schedule: schedule.txt, schedule.svg and what they are from."""
+        if self.tiers.paging is not None:
+            self.tiers.paging.save(folder)
 
     def close(self, *, is_failing: bool = False) -> None:
         """End threads, free memory and files. is_failing: wait for nothing that needs a peer."""

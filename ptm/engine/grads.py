@@ -127,6 +127,8 @@ class Grads:
             unit.missing = {slot.name for _, slot, _ in unit.gathered.params}
 
     def _open(self, unit: Summing) -> None:
+        while unit.pending:  # its buffer is still on its way from the micro-batch before
+            self._land_oldest()
         if unit.buffer is None:
             while not self._free:
                 self._land_oldest()

@@ -7,7 +7,8 @@ boundaries that all ranks agree on, and leaves by an exception that carries the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -22,6 +23,7 @@ from ptm.trainer.objectives import Objective
 from ptm.trainer.signals import StopRequest, stop_requests
 from ptm.trainer.state import TrainState, seed_step
 from ptm.trainer.step import Engine, Outcome, train_step
+from ptm.trainer.traffic import Traffic
 
 
 class Batches(Protocol):
@@ -52,8 +54,8 @@ class Run:
 
 def fit(run: Run) -> None:
     """Train to the last step. Raises Requeue or DivergedError after saving."""
-    state, clock = run.state, Clock()
-    with stop_requests() as stop:
+    state, clock, traffic = run.state, Clock(), Traffic(run.engine.report)
+    with stop_requests() as stop, _last_words(run):
         while state.step < run.train.steps:
             seed_step(run.train.seed, state.step, run.mesh.rank)
             with clock.span("data"):
@@ -71,19 +73,46 @@ def fit(run: Run) -> None:
             sync(run.mesh.device)
             _advance(state, outcome, run.engine.updates)
             values = _values(run, outcome, lr, clock, run.mesh.ledger.seconds - waited_s)
+            values |= traffic.take()
             is_last = state.step == run.train.steps
             is_best = False
             if due(state.step, run.evaluate_every) or is_last:
                 values |= run.evaluate()
                 is_best = _note_best(state, values)
                 clock.take()
+                traffic.take()
             run.metrics.log(state.step, values)
             run.engine.commit(state.step, {"train": state.to_json()})
             if outcome.is_skipped:
                 _skip(run, outcome)
             _stop_if_asked(run, outcome, stop)
             if due(state.step, run.save_every) or is_last or is_best:
-                run.save(state, is_best=is_best, block=is_last)
+                _save(run, is_best=is_best, block=is_last)
+
+
+def _save(run: Run, *, is_best: bool, block: bool) -> None:
+    """A portable checkpoint, unless the recipe wants none because the engine's disk has the step."""
+    if run.save_every:
+        run.save(run.state, is_best=is_best, block=block)
+    else:
+        run.engine.drain()
+
+
+@contextmanager
+def _last_words(run: Run) -> Iterator[None]:
+    """At the end and at a stop: what was sent, and the schedule of the pages, for people."""
+
+    def leave() -> None:
+        run.metrics.ledger(run.state.step, run.mesh.ledger.entries)
+        if run.mesh.is_main:
+            run.engine.leave(run.metrics.run_dir)
+
+    try:
+        yield
+    except (Requeue, DivergedError):
+        leave()
+        raise
+    leave()
 
 
 def due(step: int, every: int) -> bool:
@@ -151,7 +180,7 @@ def _skip(run: Run, outcome: Outcome) -> None:
     run.metrics.event("skip", step=state.step, where=outcome.where, in_a_row=state.skipped_in_a_row)
     if state.skipped_in_a_row > run.train.max_skipped:
         in_a_row, state.skipped_in_a_row = state.skipped_in_a_row, 0  # the next start may try anew
-        run.save(state, is_best=False, block=True)
+        _save(run, is_best=False, block=True)
         rule = (
             f"{in_a_row} steps in a row had a non-finite gradient, "
             f"up to step {state.step}, in {outcome.where}"
@@ -165,5 +194,5 @@ def _stop_if_asked(run: Run, outcome: Outcome, stop: StopRequest) -> None:
         run.metrics.event(
             "stop", step=run.state.step, signal=stop.signal_name or "from another rank"
         )
-        run.save(run.state, is_best=False, block=True)
+        _save(run, is_best=False, block=True)
         raise Requeue(f"saved after step {run.state.step}; the same command goes on from there")

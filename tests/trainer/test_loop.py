@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ptm.common.errors import DivergedError, Requeue
 from ptm.engine.config import EngineConfig
-from ptm.engine.zero1 import Zero1Engine
+from ptm.engine.engine import PagedEngine, UnitSpec
+from ptm.engine.layout import Named
 from ptm.optim.adamw import adamw
 from ptm.optim.config import OptimConfig
 from ptm.trainer.config import TrainConfig
@@ -22,12 +23,18 @@ from ptm.trainer.metrics import LogConfig, Metrics, WandbMode
 from ptm.trainer.objectives import pretrain
 from ptm.trainer.state import TrainState
 from tests.support.mesh import mesh_of_test
+from tests.support.paged import in_memory
 from tests.support.ranks import run_ranks
 
 
 class Loss(NamedTuple):
     nll_sum: Tensor
     tokens: Tensor
+    aux_sum: None = None
+
+    @property
+    def total(self) -> Tensor:
+        return self.nll_sum
 
 
 class Toy(nn.Module):
@@ -42,6 +49,9 @@ class Toy(nn.Module):
         x, mask = batch
         nll = ((self.inner(x) ** 2).sum(-1) * mask).sum()
         return Loss(nll.float(), mask.sum().long())
+
+    def update_router_bias(self, counts_LE: Tensor) -> None:
+        del counts_LE
 
     def take_expert_counts(self) -> Tensor:
         return torch.ones(1, 2, dtype=torch.int64)
@@ -69,9 +79,21 @@ def run_toy(
     mesh = mesh_of_test(rank, world)
     model = Toy()
     update = functools.partial(adamw, config=OptimConfig())
-    engine = Zero1Engine(model, mesh=mesh, config=EngineConfig(), update=update, clip=1.0)
-    for name, param in model.named_parameters():
-        engine.fill(name, param.detach().clone())
+    values = {name: param.detach().clone() for name, param in model.named_parameters()}
+    members = [Named(name, tuple(value.shape), False) for name, value in values.items()]
+    engine = PagedEngine(
+        model,
+        [UnitSpec("root", model.inner, members)],
+        mesh=mesh,
+        config=EngineConfig(page_mib=1),
+        zero=1,
+        dtype=torch.float32,
+        update=update,
+        clip=1.0,
+        open_tiers=in_memory,
+    )
+    for name, value in values.items():
+        engine.fill(name, value)
     engine.publish()
     state, saved = TrainState(run_id="toy"), []
     log = LogConfig(wandb=WandbMode.off)
@@ -97,7 +119,10 @@ def run_toy(
     except (DivergedError, Requeue) as error:
         how = f"{type(error).__name__} {error}"
     metrics.close()
+    engine.drain()
+    engine.weights.ready(engine.weights.units[0])
     weights = [p.detach().numpy().tobytes() for p in model.parameters()]
+    engine.close()
     return how, state.step, state.skipped, saved, weights
 
 
