@@ -26,6 +26,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -216,6 +217,9 @@ class Zero1Engine:
         all_reduce_sum(counts, self.mesh.dp.get_group(), self.mesh.ledger)
         bad = [(int(n), slot.name) for n, (_, slot) in zip(counts.tolist(), slots) if n]
         return f"{bad[0][1]} ({len(bad)} of {len(slots)} parameters)" if bad else "the loss"
+
+    def leave(self, folder: Path) -> None:
+        """No pages, so no schedule of them."""
 
     def report(self) -> dict[str, float]:
         ledger = self.mesh.ledger

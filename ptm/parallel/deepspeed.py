@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -257,6 +258,9 @@ class DeepspeedEngine:
 
     def close(self, *, is_failing: bool = False) -> None:
         self.engine.destroy()
+
+    def leave(self, folder: Path) -> None:
+        """No pages, so no schedule of them."""
 
     def report(self) -> dict[str, float]:
         """Only what ptm itself sends; DeepSpeed's collectives do not pass the ledger."""

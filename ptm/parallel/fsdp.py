@@ -24,6 +24,7 @@ plain sums are asked for); it casts the inputs of blocks, which would round rota
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -223,6 +224,9 @@ class FsdpEngine:
 
     def close(self, *, is_failing: bool = False) -> None:
         """Nothing to release."""
+
+    def leave(self, folder: Path) -> None:
+        """No pages, so no schedule of them."""
 
     def report(self) -> dict[str, float]:
         ledger = self.mesh.ledger

@@ -10,15 +10,17 @@ times the steps to go.
 
 from __future__ import annotations
 
+import io
 import sys
 import time
 from collections import deque
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ptm.common.units import format_duration, short_bytes
+from ptm.common.units import format_bytes, format_duration, short_bytes
 
 if TYPE_CHECKING:
+    from rich.table import Table
     from rich.text import Text
 
     from ptm.trainer.metrics import LogConfig
@@ -33,6 +35,8 @@ class Console(Protocol):
     def step(self, step: int, record: Record) -> None: ...
 
     def note(self, text: str) -> None: ...
+
+    def ledger(self, steps: int, collectives: Mapping[str, Record]) -> None: ...
 
     def close(self) -> None: ...
 
@@ -75,6 +79,8 @@ class NoConsole:
 
     def note(self, text: str) -> None: ...
 
+    def ledger(self, steps: int, collectives: Mapping[str, Record]) -> None: ...
+
     def close(self) -> None: ...
 
 
@@ -96,6 +102,14 @@ class PlainConsole:
 
     def note(self, text: str) -> None:
         print(text, flush=True)
+
+    def ledger(self, steps: int, collectives: Mapping[str, Record]) -> None:
+        from rich.console import Console
+
+        out = io.StringIO()
+        plain = Console(file=out, width=100, no_color=True, legacy_windows=False)
+        plain.print(ledger_table(steps, collectives))
+        print("\n".join(text.rstrip() for text in out.getvalue().splitlines()), flush=True)
 
     def close(self) -> None: ...
 
@@ -134,6 +148,9 @@ class RichConsole:
     def note(self, text: str) -> None:
         self._live.console.print(text, markup=False, highlight=False)
 
+    def ledger(self, steps: int, collectives: Mapping[str, Record]) -> None:
+        self._live.console.print(ledger_table(steps, collectives))
+
     def close(self) -> None:
         self._live.stop()
 
@@ -166,9 +183,57 @@ def step_words(record: Record) -> list[str]:
     if loads:
         most = max(load["max_over_mean"] for load in loads)
         words.append(f"exp[max {most:.1f}x dead {sum(load['dead'] for load in loads)}]")
+    words += page_words(record)
     if record.get("skipped"):
         words.append(f"skipped {record['skipped']}")
     return words
+
+
+def page_words(record: Record) -> list[str]:
+    """Pages a second where they move, and by how many steps weights are late where they may be."""
+    words, pages, updates = [], record.get("pages"), record.get("updates")
+    step_s = record.get("step_s")
+    if isinstance(pages, Mapping) and isinstance(step_s, (int, float)) and step_s > 0:
+        reads, writes = (pages.get(key, 0) / step_s for key in ("reads", "writes"))
+        if reads or writes:
+            words.append(f"pages/s[read {reads:,.0f} write {writes:,.0f}]")
+    if isinstance(updates, Mapping) and "late_steps_mean" in updates:
+        mean, most = updates["late_steps_mean"], updates.get("late_steps_most", 0)
+        words.append(f"late[mean {mean:.2f} most {most:.0f}]")
+    return words
+
+
+def ledger_table(steps: int, collectives: Mapping[str, Record]) -> Table:
+    """What this rank sent with each collective, beside the least that any algorithm must send."""
+    from rich import box
+    from rich.table import Table
+
+    words = f"sent by rank 0 in {steps:,} steps and evaluations"
+    table = Table(title=words, title_justify="left", pad_edge=False, box=box.SIMPLE_HEAD)
+    table.add_column("collective", no_wrap=True)
+    for name in ("calls", "sent", "bound", "sent / bound", "waited"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in ledger_rows(collectives):
+        table.add_row(*row)
+    return table
+
+
+def ledger_rows(collectives: Mapping[str, Record]) -> list[tuple[str, ...]]:
+    keys = ("calls", "sent_bytes", "bound_bytes", "waited_s")
+    costs = {name: tuple(cost[key] for key in keys) for name, cost in collectives.items()}
+    if len(costs) > 1:
+        costs["all"] = tuple(map(sum, zip(*costs.values())))
+    return [
+        (
+            name,
+            f"{calls:,}",
+            format_bytes(sent),
+            format_bytes(bound),
+            f"{sent / bound:.3f}" if bound else "-",
+            f"{waited:,.2f} s",
+        )
+        for name, (calls, sent, bound, waited) in costs.items()
+    ]
 
 
 def heat_rows(record: Record) -> list[Text]:

@@ -8,8 +8,8 @@
 metrics.jsonl is the truth: one JSON object a step, ascending, each written whole before `log`
 returns, so that a killed process loses at most the line it was writing. A resumed run cuts off a
 torn last line and every step after the one it resumes from, in one truncation; what follows is then
-the same file an uninterrupted run has. events.jsonl (start, resume, checkpoint, eval, skip, stop)
-keeps its past, since the past did happen. Not-a-number is written as null.
+the same file an uninterrupted run has. events.jsonl (start, resume, checkpoint, skip, stop,
+ledger) keeps its past, since the past did happen. Not-a-number is written as null.
 
 The console is ptm/trainer/console.py and wandb ptm/trainer/tracker.py. Nothing here imports torch,
 so `--help` and the report do not wait for it. Power loss, as opposed to a killed process, may lose
@@ -27,7 +27,7 @@ import threading
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 from ptm.common.config import Choice, config, ranged
 from ptm.common.errors import StorageError, line
@@ -67,6 +67,15 @@ class LogConfig:
     and evaluated or skipped ones, always print."""
 
 
+class Cost(Protocol):
+    """What one kind of collective has cost (ptm/mesh/collectives.py)."""
+
+    calls: int
+    sent_bytes: int
+    bound_bytes: int
+    seconds: float
+
+
 class Metrics:
     """The log of one run; made by the loop on every rank, silent on all but the main one.
 
@@ -84,7 +93,8 @@ class Metrics:
         run_name: str = "",
         header: Mapping[str, Any] | None = None,
     ) -> None:
-        self._is_main = is_main
+        self.run_dir = Path(run_dir)
+        self._is_main, self._start_step = is_main, start_step
         self._lock = threading.Lock()  # a checkpoint thread reports its event while the loop logs
         if not is_main:
             return
@@ -117,10 +127,31 @@ class Metrics:
         if not self._is_main:
             return
         fields = plain(fields)
-        now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
         with self._lock:
-            self._events.append({"time": now, "kind": kind, **fields})
+            self._append(kind, fields)
             self._console.note(" ".join([kind, *(f"{k}={v}" for k, v in fields.items())]))
+
+    def _append(self, kind: str, fields: Mapping[str, Any]) -> None:
+        now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+        self._events.append({"time": now, "kind": kind, **fields})
+
+    def ledger(self, step: int, entries: Mapping[str, Cost]) -> None:
+        """Record and show what this rank has sent since the start, beside the least possible."""
+        if not self._is_main or not entries:
+            return
+        collectives = {
+            name: {
+                "calls": entry.calls,
+                "sent_bytes": entry.sent_bytes,
+                "bound_bytes": entry.bound_bytes,
+                "waited_s": round(entry.seconds, 4),
+            }
+            for name, entry in entries.items()
+        }
+        steps = step - self._start_step
+        with self._lock:
+            self._append("ledger", {"step": step, "steps": steps, "collectives": collectives})
+            self._console.ledger(steps, collectives)
 
     def close(self) -> None:
         """End the display and wandb's run; safe to call twice."""

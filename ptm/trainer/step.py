@@ -7,6 +7,7 @@ The Engine seam is declared here, where it is consumed; ptm/engine/ and ptm/para
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -87,6 +88,10 @@ class Engine(Protocol):
 
     def report(self) -> dict[str, float]:
         """Bytes sent by kind, and what the tiers did, since the start."""
+        ...
+
+    def leave(self, folder: Path) -> None:
+        """Files for people about how this rank moved its states, where it did; on rank 0."""
         ...
 
     def close(self, *, is_failing: bool = False) -> None:

@@ -158,6 +158,9 @@ def flat(record: Record) -> dict[str, float]:
                 for key in ("entropy", "max_over_mean", "dead"):
                     if isinstance(load.get(key), (int, float)):
                         numbers[f"expert_{key}/layer_{layer}"] = load[key]
+        elif isinstance(value, Mapping):
+            inner = {f"{name}/{key}": number for key, number in value.items()}
+            numbers |= {k: v for k, v in inner.items() if isinstance(v, (int, float))}
         elif isinstance(value, (int, float)) and name != "step":
             numbers[name] = value
     return numbers

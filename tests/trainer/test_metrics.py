@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from ptm.common.errors import StorageError
+from ptm.mesh.collectives import Entry
 from ptm.trainer.console import PlainConsole, heat_rows, step_line
 from ptm.trainer.metrics import LogConfig, Metrics, ProgressKind, WandbMode, expert_load
 from ptm.trainer.tracker import WandbTracker, flat, wandb_mode
@@ -146,6 +147,46 @@ def test_step_line() -> None:
     )
 
 
+def test_step_line_shows_pages_that_move_and_lateness() -> None:
+    moves = {"step_s": 0.5, "pages": {"reads": 20, "writes": 5, "hits": 9}}
+    assert "pages/s[read 40 write 10] eta" in step_line(1, 2, moves, "00:00:01")
+    late = {"step_s": 0.5, "updates": {"late_steps_mean": 0, "late_steps_most": 0}}
+    assert step_line(1, 2, late, "x") == "step 1/2 late[mean 0.00 most 0] eta x"
+    still = {"step_s": 0.5, "pages": {"hits": 9}, "updates": {"waited_s": 0.1}}
+    assert step_line(1, 2, still, "x") == "step 1/2 eta x"
+
+
+COSTS = {"gather": Entry(10, 3 * 2**20, 2 * 2**20, 1.25), "all_reduce": Entry(4, 0, 0, 0.5)}
+
+
+@pytest.mark.parametrize("kind", [ProgressKind.plain, ProgressKind.rich])
+def test_ledger_is_an_event_and_a_table(
+    tmp_path: Path, kind: ProgressKind, capsys: pytest.CaptureFixture
+) -> None:
+    log = LogConfig(wandb=WandbMode.off, progress=kind)
+    with Metrics(tmp_path, log, total_steps=9, start_step=5) as metrics:
+        metrics.ledger(9, COSTS)
+    event = json.loads((tmp_path / "events.jsonl").read_text())
+    assert (event["kind"], event["step"], event["steps"]) == ("ledger", 9, 4)
+    assert event["collectives"]["gather"] == {
+        "calls": 10,
+        "sent_bytes": 3 * 2**20,
+        "bound_bytes": 2 * 2**20,
+        "waited_s": 1.25,
+    }
+    rows = [" ".join(text.split()) for text in capsys.readouterr().out.splitlines() if text.strip()]
+    assert "gather 10 3.00 MiB 2.00 MiB 1.500 1.25 s" in rows
+    assert "all_reduce 4 0 B 0 B - 0.50 s" in rows
+    assert "all 14 3.00 MiB 2.00 MiB 1.500 1.75 s" in rows
+
+
+def test_nothing_sent_makes_no_ledger(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    log = LogConfig(wandb=WandbMode.off, progress=ProgressKind.plain)
+    with Metrics(tmp_path, log, total_steps=9) as metrics:
+        metrics.ledger(9, {})
+    assert (tmp_path / "events.jsonl").read_text() == "" == capsys.readouterr().out
+
+
 def test_plain_console_is_sparse_but_keeps_notable_steps(capsys: pytest.CaptureFixture) -> None:
     console = PlainConsole(9, every_s=3600.0)
     for step in range(1, 10):
@@ -231,7 +272,17 @@ def test_wandb_mode(
 
 
 def test_wandb_gets_numbers_only() -> None:
-    numbers = flat({"step": 3, "loss": 1.0, "note": "x", "gone": None, **RECORD})
+    numbers = flat(
+        {
+            "step": 3,
+            "loss": 1.0,
+            "note": "x",
+            "gone": None,
+            **RECORD,
+            "pages": {"reads": 7, "x": "y"},
+        }
+    )
+    assert numbers["pages/reads"] == 7 and "pages/x" not in numbers
     assert numbers["expert_dead/layer_0"] == 2 and "note" not in numbers and "gone" not in numbers
     assert all(isinstance(value, (int, float)) for value in numbers.values())
 
