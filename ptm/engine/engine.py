@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ptm.engine import buffers
 from ptm.engine.config import EngineConfig, MomentsKind
 from ptm.engine.grads import Grads
 from ptm.engine.hooks import Hooks
@@ -106,6 +107,7 @@ class PagedEngine:
         open_tiers(pages, layout, bytes of a weight in forward)."""
         self.model, self.mesh, self.config, self.clip = model, mesh, config, clip
         self.updates = 0
+        self.buffers = buffers.persistent_buffers(model)
         self._named = [(unit.name, unit.members) for unit in units]
         self._dtype = dtype
         self.layout: Layout = make_layout(
@@ -158,7 +160,9 @@ class PagedEngine:
         return self.tiers.restored if elsewhere is None else (elsewhere.step, elsewhere.meta)
 
     def restore(self) -> None:
-        """Make the states those of `restored`: nothing to do, unless other ranks committed it."""
+        """Make the states those of `restored`; pages are so already, unless others wrote them."""
+        if self.restored is not None:
+            buffers.from_json(self.buffers, self.restored[1].get("buffers", {}))
         if self.tiers.elsewhere is not None:
             assert self.config.ssd_path is not None
             read_into(
@@ -230,8 +234,9 @@ class PagedEngine:
             self._commit_waited_s += time.perf_counter() - started
 
     def publish(self) -> None:
-        """The masters were written: gather anew when next wanted."""
+        """Masters or buffers were written: gather anew when next wanted."""
         self.weights.outdated()
+        buffers.share(self.buffers, self.mesh)
 
     def drain(self) -> None:
         """Make all updates that were decided."""
@@ -247,7 +252,11 @@ class PagedEngine:
     def state(self) -> dict[str, StateRows]:
         """Masters and moments by name, live: read or written before the next step."""
         self.drain()
-        return {
+        found: dict[str, StateRows] = {
+            f"model.{name}": buffers.BufferRows(buffer, is_owner=self.mesh.is_main)
+            for name, buffer in self.buffers.items()
+        }
+        return found | {
             prefix + slot.name: PageRows(self.states, group, slot, what)
             for group, slot in self.layout.slots()
             for prefix, what in STATES.items()
@@ -271,6 +280,7 @@ class PagedEngine:
         """Once this step's updates are done, in the background: the pages become what a run that
         was killed goes on from. Without a disk there is nothing to do."""
         if self.tiers.journal_every and step % self.tiers.journal_every == 0:
+            meta = meta | {"buffers": buffers.to_json(self.buffers)}
             self.timing.then(lambda: self.store.commit(step, meta))
             self._num_commits += 1
             self._is_committed = True

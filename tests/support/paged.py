@@ -157,13 +157,20 @@ def backward(
 
 
 def run_steps(
-    engine: PagedEngine, mesh: Mesh, steps: range, *, micro_batches: int = 1, lr: float = 1e-2
+    engine: PagedEngine,
+    mesh: Mesh,
+    steps: range,
+    *,
+    micro_batches: int = 1,
+    lr: float = 1e-2,
+    commit: bool = True,
 ) -> list[Any]:
     outcomes = []
     for step in steps:
         nll, tokens = backward(engine, mesh, step, micro_batches, lr)
         outcomes.append(engine.step(nll_sum=nll, tokens=tokens, lr=lr, flags=[]))
-        engine.commit(step + 1, {"updates": engine.updates})
+        if commit:
+            engine.commit(step + 1, {"updates": engine.updates})
     return outcomes
 
 
