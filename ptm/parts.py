@@ -17,10 +17,12 @@ from ptm.checkpoint.save import Saved, Saver
 from ptm.checkpoint.source import check_shapes
 from ptm.checkpoint.weights import model_to_json
 from ptm.common import env
+from ptm.common.errors import CheckpointError, line
 from ptm.common.plan import Plan
 from ptm.data.corpus import Corpus, Split
 from ptm.data.loader import Loader, Rows
 from ptm.data.pack import Batch
+from ptm.engine.config import EngineKind
 from ptm.engine.engine import PagedEngine
 from ptm.engine.open_store import TierOpener
 from ptm.eval.perplexity import held_out
@@ -30,8 +32,9 @@ from ptm.model.init import new_weight
 from ptm.model.transformer import Transformer
 from ptm.optim.adamw import adamw
 from ptm.parallel.apply import materialize_buffers, share_experts, units_of
+from ptm.parallel.library import library_engine
 from ptm.parallel.recompute import recompute_blocks
-from ptm.recipe import Recipe
+from ptm.recipe import Recipe, Resume
 from ptm.trainer.config import Precision, Recompute
 from ptm.trainer.metrics import Metrics
 from ptm.trainer.state import TrainState
@@ -60,13 +63,23 @@ def build_model(
 ) -> tuple[Transformer, Engine]:
     """The model without values, and the engine that owns them, by `engine.kind`."""
     dtype = DTYPES[recipe.train.precision]
+    if recipe.engine.kind is not EngineKind.paged:
+        return library_engine(
+            recipe.model,
+            mesh=mesh,
+            engine=recipe.engine,
+            optim=recipe.optim,
+            dtype=dtype,
+            clip=recipe.train.clip,
+            recompute=recipe.train.recompute is Recompute.block,
+        )
     model = Transformer(recipe.model, dtype=dtype, device="meta")
     units = units_of(model)
     materialize_buffers(model, mesh.device)
     share_experts(model, mesh, recipe.engine.chunks)
     if recipe.train.recompute is Recompute.block:
         recompute_blocks(model.model.layers)
-    zero = recipe.engine.zero or 1
+    zero = plan.zero
     engine = PagedEngine(
         model,
         units,
@@ -76,28 +89,53 @@ def build_model(
         dtype=dtype,
         update=functools.partial(adamw, config=recipe.optim),
         clip=recipe.train.clip,
-        open_tiers=TierOpener(recipe.engine, mesh, peers, zero=zero, run_id=run_id),
+        num_exact=recipe.train.warmup_steps,
+        open_tiers=TierOpener(
+            recipe.engine,
+            mesh,
+            peers,
+            zero=zero,
+            run_id=run_id,
+            newest_checkpoint=functools.partial(_newest_step, recipe, peers),
+            say=say,
+        ),
     )
     return model, engine
+
+
+def _newest_step(recipe: Recipe, peers: Peers) -> int | None:
+    """Of the newest good checkpoint, which is read whole for that."""
+    good = newest_good(recipe.run_dir / "checkpoints", peers=peers)
+    return None if good is None else good.manifest.step
 
 
 def first_weights(
     recipe: Recipe, checkpoints: Path, engine: Engine, peers: Peers, *, run_id: str
 ) -> TrainState:
     """Fill the engine from the newest committed step or good checkpoint, another model, or the
-    seed, in that order."""
+    seed, in that order. Raises CheckpointError, on all ranks alike."""
     restored = engine.restored
+    good = None
     newest = on_main(peers, lambda: max((s for s, _ in step_folders(checkpoints)), default=-1))
-    if restored is not None and restored[0] >= newest:
-        engine.restore()
+    if restored is None or newest > restored[0]:
+        try:
+            good = newest_good(checkpoints, peers=peers, repair=True)
+        except CheckpointError as error:
+            if restored is None:
+                raise
+            say(f"not used: {error}")
+    for folder, reason in good.rejected if good is not None else ():
+        say(f"not used: {folder}: {reason}")
+    if restored is not None and (good is None or good.manifest.step < restored[0]):
+        peers.together(engine.restore)
         state = TrainState.from_json(restored[1]["train"])
         say(f"resuming after step {state.step} from the pages in {recipe.engine.ssd_path}")
-    elif (good := newest_good(checkpoints, peers=peers, repair=True)) is not None:
-        for folder, reason in good.rejected:
-            say(f"not used: {folder}: {reason}")
-        meta = load(good, engine.state(), peers=peers)
-        state = TrainState.from_json(meta["train"])
+    elif good is not None:
+        state = TrainState.from_json(load(good, engine.state(), peers=peers)["train"])
         say(f"resuming after step {state.step} from {good.folder}")
+    elif recipe.resume is Resume.must:
+        rule, remedy = "has nothing to go on from and resume=must", "use resume=auto to start anew"
+        raise CheckpointError(line("run.dir", recipe.run_dir, rule, remedy))
     else:
         state = TrainState(run_id=run_id)
         initial = _initial_weights(recipe)

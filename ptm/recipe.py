@@ -31,7 +31,7 @@ from ptm.common.errors import RecipeError, line
 from ptm.common.parse import Given, Layer, Names, schema_of
 from ptm.common.values import show
 from ptm.data.config import DataConfig
-from ptm.engine.config import EngineConfig
+from ptm.engine.config import EngineConfig, EngineKind
 from ptm.eval.config import EvalConfig
 from ptm.model.config import ModelConfig, Scale
 from ptm.optim.config import OptimConfig
@@ -99,6 +99,11 @@ class Recipe:
             rule = f"must be at most {most}, train.batch_tokens={t.batch_tokens} over train.seq_len"
             remedy = f"set train.micro_batch_size={most} or raise train.batch_tokens"
             raise RecipeError(line("train.micro_batch_size", t.micro_batch_size, rule, remedy))
+        rate = self.model.router_bias_update_rate
+        if rate > 0 and self.engine.kind is not EngineKind.paged:
+            rule = f"engine.kind={self.engine.kind} does not keep the bias in checkpoints"
+            remedy = "use engine.kind=paged, or model.router_aux_loss_coef"
+            raise RecipeError(line("model.router_bias_update_rate", rate, rule, remedy))
         if self.checkpoint.interval == 0 and self.engine.ssd_path is None:
             rule = "must be 1 or more without an engine.ssd_path, or a kill loses the run"
             raise RecipeError(line("checkpoint.interval", 0, rule, "give 100"))
