@@ -3,7 +3,7 @@
 A curve with more steps than a point for every two pixels is drawn as the mean of each stretch over
 a band from its least to its greatest value, so a spike stays visible at any length. All charts of a
 run start at step 0 and end at its last, so that they can be compared by eye. Colours are classes
-(s0, s1, s2) that the page's style sheet sets for light and dark. The points are repeated in
+(s0 to s3) that the page's style sheet sets for light and dark. The points are repeated in
 `data-points` for the page's hover line.
 """
 

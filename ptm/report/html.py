@@ -8,6 +8,7 @@ policy in the page lets nothing run or load but what is written here.
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import json
 import math
@@ -22,13 +23,15 @@ from typing import Any
 import numpy as np
 
 from ptm.common.errors import RecipeError, StorageError, line
-from ptm.common.units import GIB, MIB, format_bytes, format_count, format_duration
-from ptm.report import heat
+from ptm.common.units import format_bytes, format_count, format_duration
+from ptm.report import engine, heat
 from ptm.report.chart import Series, line_chart, stack_chart
 from ptm.report.read import ExpertLoad, RunLog, number, read_run
 
 _MOST_EVENTS = 300
 _WIDE = 1172
+_NO_FIELDS = ("time", "kind", "collectives")
+"""What an event's row leaves out, because it is shown elsewhere."""
 
 
 def write_report(run_dir: Path | str, *, out: Path | str | None = None) -> Path:
@@ -78,6 +81,7 @@ def render(log: RunLog) -> str:
         charts=_charts(log) or '<div class="card empty">No steps are logged yet.</div>',
         load_words=escape(load_words),
         load=load,
+        engine=engine.sections(log),
         events_words=events_words,
         events=_events(shown),
         plan=_pre(log.plan, "plan.txt"),
@@ -165,14 +169,9 @@ def _median(log: RunLog, name: str) -> float | None:
 
 
 def _charts(log: RunLog) -> str:
-    def series(name: str, label: str, *, has_dots: bool = False) -> Series:
-        return Series(label, log.steps, log.curves[name], has_dots)
-
+    series = functools.partial(engine.series, log)
     loss = [series("loss", "training"), series("eval_loss", "held-out", has_dots=True)]
     spans = [series(f"{k}_s", k) for k in ("compute", "communication", "data")]
-    memory = log.curves["memory_bytes"]
-    unit, letter = (GIB, "G") if (memory >= GIB).any() else (MIB, "M")
-    held = Series("memory", log.steps, memory / unit)
     wide = line_chart("Loss (nats a token)", loss, "{:.4g}".format, width=_WIDE, height=300)
     charts = [
         wide.replace('class="chart"', 'class="chart wide"', 1),
@@ -192,9 +191,10 @@ def _charts(log: RunLog) -> str:
             from_zero=True,
         ),
         line_chart("Model FLOP use", [series("mfu", "MFU")], "{:.1%}".format, from_zero=True),
-        line_chart("Memory of rank 0", [held], f"{{:.3g}}{letter}".format, from_zero=True),
+        engine.memory_chart(log),
         stack_chart("Time of a step (s)", spans, "{:.2g}".format),
     ]
+    charts += engine.charts(log)
     if log.load is not None:
         worst = [Series("worst layer", log.steps, log.load.worst_max_over_mean)]
         least = [Series("worst layer", log.steps, log.load.least_entropy)]
@@ -265,7 +265,7 @@ def _events(events: list[dict[str, Any]]) -> str:
     rows = []
     for event in reversed(events):
         kind = str(event.get("kind", ""))
-        fields = " · ".join(_field(k, v) for k, v in event.items() if k not in ("time", "kind"))
+        fields = " · ".join(_field(k, v) for k, v in event.items() if k not in _NO_FIELDS)
         rows.append(
             f'<tr><td class="time">{escape(_time(str(event.get("time", ""))))}</td>'
             f'<td class="{colours.get(kind, "")}">{escape(kind)}</td><td>{escape(fields)}</td></tr>'

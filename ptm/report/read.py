@@ -19,7 +19,7 @@ import numpy as np
 import yaml
 
 MOST_COLUMNS = 200
-_MOST_TEXT = 200_000
+_MOST_TEXT, _MOST_PICTURE = 200_000, 4_000_000
 _MOST_LAYERS, _MOST_EXPERTS = 512, 4096
 
 CURVES = (
@@ -39,6 +39,18 @@ CURVES = (
     "communication_s",
     "skipped",
 )
+
+GROUPS = {
+    "pages": ("reads", "writes", "read_bytes", "write_bytes", "waited_s"),
+    "updates": ("waited_s", "guessed", "undone"),
+    "commits": ("waited_s",),
+}
+"""Objects of a line, and what of them becomes the curve "object.key": zero where it is not said."""
+LEVELS = {"tiers": ("cpu_bytes", "ssd_bytes"), "updates": ("late_steps_mean", "late_steps_most")}
+"""The same, unknown where it is not said."""
+SENT = ("gather", "scatter_sum", "all_to_all", "others")
+"""Curves "sent_bytes.name"; the last is the sum of all other collectives."""
+_MOST_COLLECTIVES = 50
 
 
 @dataclass
@@ -69,6 +81,8 @@ class RunLog:
     events: list[dict[str, Any]] = field(default_factory=list)
     recipe: str = ""
     plan: str = ""
+    schedule: str = ""
+    schedule_svg: bytes = b""
     environment: dict[str, Any] = field(default_factory=dict)
     keys: dict[str, Any] = field(default_factory=dict)
     """The recipe's keys, as far as it could be read."""
@@ -88,6 +102,8 @@ def read_run(folder: Path) -> RunLog:
     log = _read_metrics(folder)
     log.events = [e for e in _json_lines(folder / "events.jsonl") if e is not None]
     log.recipe, log.plan = _text(folder / "recipe.yaml"), _text(folder / "plan.txt")
+    log.schedule = _text(folder / "schedule.txt")
+    log.schedule_svg = _picture(folder / "schedule.svg")
     log.keys = _mapping(log.recipe)
     log.environment = _mapping(_text(folder / "env.json"))
     return log
@@ -97,7 +113,7 @@ def _read_metrics(folder: Path) -> RunLog:
     path = folder / "metrics.jsonl"
     num_lines = _count_lines(path)
     steps: list[int] = []
-    curves: dict[str, list[float]] = {name: [] for name in CURVES}
+    curves: dict[str, list[float]] = {name: [] for name in (*CURVES, *_grouped({}))}
     loads = _LoadReader(num_lines)
     num_bad = 0
     for index, record in enumerate(_json_lines(path)):
@@ -108,9 +124,25 @@ def _read_metrics(folder: Path) -> RunLog:
         steps.append(step)
         for name in CURVES:
             curves[name].append(number(record.get(name)))
+        for name, value in _grouped(record).items():
+            curves[name].append(value)
         loads.add(index, step, record.get("expert_load"))
     arrays = {name: np.array(values, dtype=float) for name, values in curves.items()}
     return RunLog(folder, np.array(steps, dtype=float), arrays, loads.result(), num_bad)
+
+
+def _grouped(record: Mapping[str, Any]) -> dict[str, float]:
+    """The curves of a line's objects."""
+    found = {}
+    for groups, unsaid in ((GROUPS, 0.0), (LEVELS, math.nan)):
+        for group, keys in groups.items():
+            values = record.get(group)
+            values = values if isinstance(values, Mapping) else {}
+            found |= {f"{group}.{key}": number(values.get(key, unsaid)) for key in keys}
+    sent = record.get("sent_bytes")
+    sent = dict(list(sent.items())[:_MOST_COLLECTIVES]) if isinstance(sent, Mapping) else {}
+    found |= {f"sent_bytes.{name}": number(sent.pop(name, 0.0)) for name in SENT[:-1]}
+    return found | {f"sent_bytes.{SENT[-1]}": float(sum(map(number, sent.values())))}
 
 
 class _LoadReader:
@@ -209,6 +241,16 @@ def _text(path: Path) -> str:
             return file.read(_MOST_TEXT)
     except OSError:
         return ""
+
+
+def _picture(path: Path) -> bytes:
+    """Empty where it is missing, no picture, or too large to stand in a page."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(_MOST_PICTURE + 1)
+    except OSError:
+        return b""
+    return data if len(data) <= _MOST_PICTURE and data.lstrip().startswith(b"<svg") else b""
 
 
 def _mapping(text: str) -> dict[str, Any]:

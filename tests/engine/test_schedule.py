@@ -139,7 +139,7 @@ def model(num_units: int, weights: int, seconds: float = 0.1) -> tuple[Trace, ra
             )
         )  # fmt: skip
     stop = first + 2 * num_weights
-    kinds = [("weights", num_weights), ("optimizer", first), ("gradients", stop)]
+    kinds = [("weights", num_weights), ("states", first), ("grads", stop)]
     return synthetic_trace(step_phases(units), kinds), range(first, stop)
 
 
@@ -266,7 +266,7 @@ def test_the_drawing_is_whole(tmp_path: Path) -> None:
     schedule_of(trace, 50, rate=1e9, scratch=scratch, commits=True).svg(tmp_path / "step.svg")
     text = (tmp_path / "step.svg").read_text()
     words = {e.text for e in ElementTree.fromstring(text).iter() if e.tag.endswith("}text")}
-    assert {"compute", "read link", "write link", "frames", "weights", "optimizer"} <= words
+    assert {"compute", "read link", "write link", "frames", "weights", "states"} <= words
     schedule_of(Trace((), 0.0), 1).svg(tmp_path / "empty.svg")
     ElementTree.parse(tmp_path / "empty.svg")
 

@@ -60,6 +60,28 @@ class Page(HTMLParser):
         )
 
 
+COST = {"calls": 9, "sent_bytes": 3 * 2**20, "bound_bytes": 2 * 2**20, "waited_s": 1.5}
+PICTURE = re.compile(r"data:image/(png|svg\+xml);base64,[A-Za-z0-9+/]+=*$")
+
+
+def add_pages(folder: Path) -> None:
+    """What a run leaves whose ranks send and whose pages move."""
+    records = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
+    for record in records:
+        step = record["step"]
+        record["sent_bytes"] = {"gather": 5e6, "state": 20, "counts": 30}
+        record["tiers"] = {"cpu_bytes": 10**8, "ssd_bytes": 10**9}
+        record["updates"] = {"late_steps_mean": 0.5, "late_steps_most": 1}
+        if step % 2:
+            record["pages"] = {"read_bytes": step * 10**6, "write_bytes": 10**6, "waited_s": 0.1}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    ledger = {"kind": "ledger", "step": 30, "steps": 20, "collectives": {"gather": COST, "b": COST}}
+    with (folder / "events.jsonl").open("a") as file:
+        file.write(json.dumps(ledger) + "\n")
+    (folder / "schedule.txt").write_text("27 pages in 12 frames\n\nphase  unit\n")
+    (folder / "schedule.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg'><g/></svg>")
+
+
 def page_of(folder: Path) -> Page:
     return Page(write_report(folder).read_text(encoding="utf-8"))
 
@@ -81,6 +103,66 @@ def test_report_of_a_run(tmp_path: Path) -> None:
     assert list(tmp_path.glob("report.html.*")) == []
 
 
+def test_report_of_a_run_with_pages(tmp_path: Path) -> None:
+    make_run(tmp_path, steps=30)
+    add_pages(tmp_path)
+    page = page_of(tmp_path)
+    assert page.count("figure", "chart") == 15
+    text = " ".join(page.words)
+    for wanted in (
+        "Memory of rank 0, by tier",
+        "Bytes sent in a step by rank 0",
+        "Page traffic of a step",
+        "Waits in a step",
+        "Steps that weights are late",
+        "in steps 11 to 30",
+        "gather 9 3.00 MiB 2.00 MiB 1.500 1.50 s",
+        "all 18 6.00 MiB 4.00 MiB 1.500 3.00 s",
+        "27 pages in 12 frames",
+    ):
+        assert wanted in text
+    pictures = [a["src"] or "" for tag, a in page.tags if tag == "img" and "src" in a]
+    assert sum(address.startswith("data:image/svg+xml") for address in pictures) == 1
+    log = read_run(tmp_path)
+    assert log.curves["sent_bytes.others"].tolist() == [50.0] * 30
+    assert log.curves["pages.read_bytes"][:3].tolist() == [1e6, 0.0, 3e6]  # unsaid is none
+
+
+def test_a_run_without_pages_shows_none(tmp_path: Path) -> None:
+    make_run(tmp_path, steps=30)
+    words = page_of(tmp_path).words
+    assert not {"Collectives ", "Page schedule "} & set(words) and "Memory of rank 0" in words
+
+
+@pytest.mark.parametrize(
+    "ledger",
+    [{}, {"collectives": 3}, {"collectives": {"<form>": 1, "x": {"calls": "a", "sent_bytes": []}}}],
+    ids=["none", "number", "odd"],
+)
+def test_an_odd_ledger_is_survived(tmp_path: Path, ledger: dict[str, object]) -> None:
+    (tmp_path / "events.jsonl").write_text(json.dumps({"kind": "ledger", **ledger}) + "\n")
+    page = page_of(tmp_path)
+    assert "Events " in page.words and page.count("form") == 0
+
+
+@pytest.mark.parametrize(
+    "svg",
+    [
+        b"<svg onload=alert(1)><script>alert(2)</script></svg>",
+        b"<html>",
+        b"<svg>" + b" " * 5_000_000,
+    ],
+    ids=["script", "no_svg", "large"],
+)
+def test_a_schedule_cannot_run_or_fill_the_page(tmp_path: Path, svg: bytes) -> None:
+    (tmp_path / "schedule.svg").write_bytes(svg)
+    (tmp_path / "schedule.txt").write_text("<script>alert(3)</script>\n\nphase\n")
+    page = page_of(tmp_path)
+    assert page.count("script") == 1 and not any("onload" in attrs for _, attrs in page.tags)
+    assert (tmp_path / "report.html").stat().st_size < 100_000
+    assert ("missing or too large" in "".join(page.words)) == (b"script" not in svg)
+
+
 def test_report_elsewhere(tmp_path: Path) -> None:
     assert write_report(tmp_path, out=tmp_path / "a.html") == tmp_path / "a.html"
     assert [path.name for path in tmp_path.iterdir()] == ["a.html"]
@@ -90,11 +172,12 @@ def test_report_elsewhere(tmp_path: Path) -> None:
 
 def test_report_needs_nothing_from_outside(tmp_path: Path) -> None:
     make_run(tmp_path, steps=30)
+    add_pages(tmp_path)
     page = page_of(tmp_path)
     addresses = [
         a[k] or "" for _, a in page.tags for k in ("src", "href", "srcset", "data") if k in a
     ]
-    assert addresses and all(address.startswith("data:image/png;base64,") for address in addresses)
+    assert addresses and all(PICTURE.match(address) for address in addresses)
     assert {tag for tag, _ in page.tags}.isdisjoint(
         {"link", "iframe", "object", "embed", "base", "form"}
     )
@@ -152,6 +235,7 @@ ODD = [
     '{"step": 1, "expert_load": {"0": {"share": [0.5, 0.5]}}}',
     '{"step": 1, "loss": 1%s}' % ("0" * 400),
     '{"step": 1, "grad_norm": -1, "loss": 0}',
+    '{"step": 1, "sent_bytes": {"gather": "x", "a": null}, "pages": [1], "tiers": {"a": {}}}',
 ]  # fmt: skip
 
 
@@ -162,7 +246,8 @@ def test_odd_values_are_survived(tmp_path: Path, odd: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["metrics.jsonl", "events.jsonl", "recipe.yaml", "plan.txt", "env.json"]
+    "name",
+    ["metrics.jsonl", "events.jsonl", "recipe.yaml", "plan.txt", "env.json", "schedule.svg"],
 )
 @pytest.mark.parametrize(
     "body",
@@ -171,6 +256,7 @@ def test_odd_values_are_survived(tmp_path: Path, odd: str) -> None:
 )
 def test_any_file_may_be_bad(tmp_path: Path, name: str, body: bytes | None) -> None:
     make_run(tmp_path, steps=3)
+    add_pages(tmp_path)
     (tmp_path / name).unlink()
     if body is not None:
         (tmp_path / name).write_bytes(body)
