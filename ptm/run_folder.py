@@ -4,7 +4,8 @@
                     checkpoints/step-00000120/...   incidents/...
 
 A folder belongs to one run. `resume=auto` goes on from the newest good checkpoint if there is one,
-`must` refuses to start without one, `never` refuses a folder that has any. A recipe that would
+`must` refuses to start without one, `never` refuses a folder that has any; steps of this run in the
+page files of engine.ssd_path count as checkpoints. A recipe that would
 train another model than the one in the folder, or on other data, is refused by name; what may
 change between two starts is listed in FREE.
 """
@@ -29,6 +30,7 @@ from ptm.checkpoint.folders import step_folders
 from ptm.common import env
 from ptm.common.errors import CheckpointError, RecipeError, StorageError, line
 from ptm.common.parse import schema_of
+from ptm.engine.open_file import has_commits
 from ptm.recipe import Recipe, Resume, dump, load_recipe
 
 FREE = re.compile(
@@ -47,13 +49,15 @@ def claim(recipe: Recipe, stack: ExitStack) -> None:
     folder = recipe.run_dir
     checkpoints = folder / "checkpoints"
     has_steps = checkpoints.is_dir() and bool(step_folders(checkpoints))
-    if recipe.resume is Resume.never and (has_steps or (folder / "metrics.jsonl").exists()):
+    has_pages = _has_pages(recipe)
+    is_begun = has_steps or has_pages or (folder / "metrics.jsonl").exists()
+    if recipe.resume is Resume.never and is_begun:
         remedy = "name another run.dir, or use resume=auto to go on"
         raise RecipeError(line("run.dir", folder, "holds a run already and resume=never", remedy))
-    if recipe.resume is Resume.must and not has_steps:
+    if recipe.resume is Resume.must and not (has_steps or has_pages):
         remedy = "check run.dir, or use resume=auto to start anew"
         raise CheckpointError(line("run.dir", folder, "has no checkpoint and resume=must", remedy))
-    if has_steps and (folder / "recipe.yaml").is_file():
+    if (has_steps or has_pages) and (folder / "recipe.yaml").is_file():
         _refuse_another_run(recipe, folder)
     try:
         checkpoints.mkdir(parents=True, exist_ok=True)
@@ -62,6 +66,14 @@ def claim(recipe: Recipe, stack: ExitStack) -> None:
         remedy = "name a folder that you may write to"
         raise StorageError(line("run.dir", folder, rule, remedy)) from error
     _hold(folder, stack)
+
+
+def _has_pages(recipe: Recipe) -> bool:
+    """Whether this run has committed steps to the recipe's disk."""
+    file, ssd_path = recipe.run_dir / "run_id", recipe.engine.ssd_path
+    return (
+        ssd_path is not None and file.is_file() and has_commits(ssd_path, file.read_text().strip())
+    )
 
 
 def _hold(folder: Path, stack: ExitStack) -> None:

@@ -12,19 +12,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ptm.common.errors import CheckpointError, RecipeError, line
 from ptm.engine import reshard
 from ptm.engine.budget import Budget, make_budget
 from ptm.engine.config import EngineConfig
+from ptm.engine.disk import path_line
 from ptm.engine.eviction import POLICIES
 from ptm.engine.layout import Layout, PageMap
+from ptm.engine.open_file import folder_name, lost_layouts, open_file
 from ptm.engine.paging import Paging
-from ptm.engine.record import Identity, RecordLog, refuse_another
+from ptm.engine.record import Identity
 from ptm.engine.reshard import Found
 from ptm.engine.states import Store
 from ptm.engine.store import PageStore
@@ -51,7 +54,7 @@ class Tiers:
     elsewhere: Found | None = None
     "A newer committed step of this run, in page files of another layout."
     folder: Path | None = None
-    "Where this run's page files of all layouts are."
+    "Where this layout's page files of the run are."
 
 
 class TierOpener:
@@ -61,13 +64,28 @@ class TierOpener:
     """
 
     def __init__(
-        self, config: EngineConfig, mesh: Mesh, peers: Peers, *, zero: int, run_id: str
+        self,
+        config: EngineConfig,
+        mesh: Mesh,
+        peers: Peers,
+        *,
+        zero: int,
+        run_id: str,
+        newest_checkpoint: Callable[[], int | None] = lambda: None,
+        say: Callable[[str], None] = lambda text: None,
     ) -> None:
+        """newest_checkpoint: the step of the newest good checkpoint of this run, for page files
+        that cannot be used; called on all ranks together. say: tells people, a line at a time."""
         self.config, self.mesh, self.peers = config, mesh, peers
         self.zero, self.run_id = zero, run_id
+        self.newest_checkpoint, self.say = newest_checkpoint, say
 
     def __call__(self, pages: PageMap, layout: Layout, compute_bytes: int) -> Tiers:
         config = self.config
+        if config.gpu_bytes is not None and self.mesh.device.type != "cuda":
+            rule = f"there is no accelerator here, the run is on the {self.mesh.device.type}"
+            remedy = "leave it out; engine.cpu_bytes is the memory of the host"
+            raise RecipeError(line("engine.gpu_bytes", config.gpu_bytes, rule, remedy))
         budget = make_budget(
             config,
             layout,
@@ -76,54 +94,88 @@ class TierOpener:
             compute_bytes=compute_bytes,
             world=self.mesh.world,
         )
-        ssd, step = None, None
+        describe = describer(pages, layout)
+        ssd, step, notes = None, None, []
         if config.ssd_path is not None:
-            ssd, step = self._open_file(config.ssd_path, self._identity(pages, layout))
-        store = PageStore(
-            num_pages=pages.num_pages,
-            page_bytes=pages.page_bytes,
-            num_frames=budget.num_frames,
-            durable=pages.durable,
-            ssd=ssd,
-            policy=POLICIES[config.policy](),
-            pin=self.mesh.device.type == "cuda",
-            describe=describer(pages, layout),
-            agree=self.mesh.agreement(config.timeout_s) if ssd is not None else None,
-        )
-        restored = None
+            ssd, step, notes = open_file(
+                config.ssd_path,
+                self._identity(pages, layout),
+                peers=self.peers,
+                describe=describe,
+                newest_checkpoint=self.newest_checkpoint,
+            )
+        with ExitStack() as stack:
+            if ssd is not None:
+                stack.callback(ssd.close)
+            store = PageStore(
+                num_pages=pages.num_pages,
+                page_bytes=pages.page_bytes,
+                num_frames=budget.num_frames,
+                durable=pages.durable,
+                ssd=ssd,
+                policy=POLICIES[config.policy](),
+                pin=self.mesh.device.type == "cuda",
+                describe=describe,
+                agree=self.mesh.agreement(config.timeout_s) if ssd is not None else None,
+            )
+            if ssd is None:
+                return Tiers(store, budget=budget)
+            stack.pop_all()
+            stack.callback(store.close)
+            tiers = self._with_disk(store, ssd, step, notes, budget, pages)
+            stack.pop_all()
+            return tiers
+
+    def _with_disk(
+        self,
+        store: PageStore,
+        ssd: SsdTier,
+        step: int | None,
+        notes: list[str],
+        budget: Budget,
+        pages: PageMap,
+    ) -> Tiers:
+        config, restored, paging = self.config, None, None
         if step is not None:
             restored = next((s, meta) for s, meta in store.records() if s == step)
             store.restore(step)
-        paging = None
-        if ssd is not None and budget.num_frames < pages.num_pages:
-            found = probe(ssd.path.parent, pages.page_bytes, PROBE_S)
+        if budget.num_frames < pages.num_pages:
+            folder = ssd.path.parent
+            rates = self.peers.together(lambda: list(probe(folder, pages.page_bytes, PROBE_S)))
+            read_rate, write_rate = rates[self.peers.rank]
             paging = Paging(
                 store,
                 pages,
                 num_frames=budget.num_frames,
                 policy=config.policy,
-                rates=(found.read_bytes_per_s, found.write_bytes_per_s),
+                rates=(read_rate, write_rate),
                 commits=config.journal_every == 1,
             )
-        if ssd is None:
-            return Tiers(store, paging, budget=budget)
-        elsewhere = self._elsewhere(ssd.identity, -1 if step is None else step)
+        elsewhere = self._elsewhere(ssd.identity, -1 if step is None else step, notes)
+        for note in [*notes, *([ssd.note] if ssd.note else [])]:
+            self.say(note)
         return Tiers(
             store, paging, restored, config.journal_every, budget, elsewhere, ssd.path.parent
         )
 
-    def _elsewhere(self, identity: Identity, step: int) -> Found | None:
+    def _elsewhere(self, identity: Identity, step: int, notes: list[str]) -> Found | None:
         """A newer step in page files of another layout; all must be on the disk of rank 0."""
         ssd_path = self.config.ssd_path
         assert ssd_path is not None
 
-        def look() -> list[Any] | None:
-            found = None
-            if self.mesh.is_main:
-                found = reshard.find(ssd_path, self.run_id, besides=identity.run_id)
-            return None if found is None or found.step <= step else list(found)
+        def look() -> tuple[list[Any] | None, list[str]]:
+            if not self.mesh.is_main:
+                return None, []
+            found = reshard.find(ssd_path, self.run_id, besides=identity.run_id)
+            lost = lost_layouts(ssd_path, self.run_id, besides=identity.run_id)
+            return None if found is None or found.step <= step else list(found), lost
 
-        heard = self.peers.together(look)[0]
+        heard, lost = self.peers.together(look)[0]
+        if lost and heard is None and step < 0 and self.newest_checkpoint() is None:
+            rule = "cannot be used, and there is no checkpoint to go on from: " + " | ".join(lost)
+            remedy = "put the files back as they were, or delete them to begin anew"
+            raise CheckpointError(path_line(Path(ssd_path), rule, remedy))
+        notes += lost
         return None if heard is None else Found(*heard)
 
     def _identity(self, pages: PageMap, layout: Layout) -> Identity:
@@ -139,43 +191,6 @@ class TierOpener:
             layout=fingerprint(pages, layout),
         )
 
-    def _open_file(self, ssd_path: str, identity: Identity) -> tuple[SsdTier, int | None]:
-        """This rank's page file, and the step to restore from it."""
-        steps = self.peers.together(lambda: committed_steps(ssd_path, identity))
-        common = set(steps[0]).intersection(*steps[1:])
-        opened: list[SsdTier] = []
-
-        def open_one() -> None:
-            if common:
-                opened.append(SsdTier.open_existing(ssd_path, identity))
-            else:
-                opened.append(SsdTier.create(ssd_path, identity, replace=True))
-
-        self.peers.together(open_one)
-        return opened[0], max(common, default=None)
-
-
-def forget_other_layouts(folder: Path) -> None:
-    """Remove page files of the same run that other layouts left, after a commit to `folder`."""
-    run_id = folder.name.rpartition(".n")[0]
-    for other in folder.parent.glob(f"{run_id}.n*e*"):
-        if other != folder:
-            shutil.rmtree(other, ignore_errors=True)
-
-
-def folder_name(run_id: str, world: int, ep: int) -> str:
-    return f"{run_id}.n{world}e{ep}"
-
-
-def committed_steps(ssd_path: str, identity: Identity) -> list[int]:
-    """Steps that this rank's page file can be restored to. Raises CheckpointError where the file
-    is of another model, page size or format."""
-    log = RecordLog(ssd_path, run_id=identity.run_id, rank=identity.rank)
-    records = log.read()
-    for record in records:
-        refuse_another(record.identity, identity, identity.file(ssd_path, "pages"))
-    return [record.step for record in records]
-
 
 def fingerprint(pages: PageMap, layout: Layout) -> str:
     """Equal for equal contents of every page, whatever made them."""
@@ -185,7 +200,9 @@ def fingerprint(pages: PageMap, layout: Layout) -> str:
     ]
     fmt = pages.format
     text = json.dumps([what, fmt.weight_bytes, fmt.is_split, fmt.is_int8])
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+    # In words as well, for the line about files of other settings.
+    weights, moments = "bf16" if fmt.is_split else "fp32", "int8" if fmt.is_int8 else "fp32"
+    return f"{weights}-weights-{moments}-moments-{hashlib.sha256(text.encode()).hexdigest()[:32]}"
 
 
 def describer(pages: PageMap, layout: Layout) -> Callable[[int], str]:

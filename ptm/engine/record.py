@@ -118,13 +118,26 @@ def decode(raw: bytes, path: Path) -> Record:
     return Record(identity, step, meta, bytearray(body[end : end + num_durable]), sums)
 
 
+_SETTINGS = {
+    "page_bytes": "engine.page_mib",
+    "ep": "engine.ep",
+    "layout": "model, train.precision, engine.moments and ptm",
+    "num_pages": "model and ptm",
+}
+"""Field of an identity -> what the user set it by."""
+
+
 def refuse_another(found: Identity, wanted: Identity, path: Path) -> None:
     """Raise CheckpointError naming the first thing in which `found` is not `wanted`."""
-    for field in dataclasses.fields(Identity):
-        there, here = getattr(found, field.name), getattr(wanted, field.name)
+    fields = [field.name for field in dataclasses.fields(Identity)]
+    for field in sorted(fields, key=lambda name: name != "layout" and name in fields[5:]):
+        there, here = getattr(found, field), getattr(wanted, field)
         if there != here:
-            rule = f"is of {field.name}={there}, this run has {field.name}={here}"
+            rule = f"is of {field}={there}, this run has {field}={here}"
             remedy = "name another engine.ssd_path, or resume with what it was written by"
+            if field in _SETTINGS:
+                remedy = f"start with the {_SETTINGS[field]} that it was written with"
+                remedy += " (SIGTERM then leaves a checkpoint that other settings can read)"
             raise CheckpointError(path_line(path, rule, remedy))
 
 
@@ -166,6 +179,11 @@ class RecordLog:
             self._steps[path] = record.step
             found.append(record)
         return sorted(found, key=lambda record: record.step)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no commit was read or written, not even in part."""
+        return not any(path.exists() and os.path.getsize(path) for path in self.paths)
 
     def find(self, step: int) -> Record:
         """The record of `step`. Raises CheckpointError when it is not there, or not whole."""

@@ -11,10 +11,8 @@ ranks must be on a disk that this machine sees.
 
 from __future__ import annotations
 
-import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +21,7 @@ from torch import Tensor
 from ptm.common.errors import CheckpointError, line
 from ptm.engine.commit import PageReader
 from ptm.engine.layout import Named, PageMap, make_layout
+from ptm.engine.open_file import folders_of, newest_of_layout
 from ptm.engine.state import StateRows
 from ptm.engine.states import PagedStates, PageRows
 
@@ -42,19 +41,12 @@ class Found(NamedTuple):
 def find(ssd_path: str, run_id: str, *, besides: str) -> Found | None:
     """The newest committed step of this run in another layout than the folder `besides`."""
     best: Found | None = None
-    for folder in sorted(Path(ssd_path).glob(f"{run_id}.n*e*")):
-        named = re.fullmatch(r".*\.n(\d+)e(\d+)", folder.name)
-        if named is None or folder.name == besides:
+    for folder, world, ep in folders_of(ssd_path, run_id):
+        if folder.name == besides:
             continue
-        world, ep = int(named[1]), int(named[2])
-        ranks = [
-            {r.step: r.meta for r in PageReader.records(ssd_path, run_id=folder.name, rank=rank)}
-            for rank in range(world)
-        ]
-        common = set(ranks[0]).intersection(*ranks[1:])
-        if common and (best is None or max(common) > best.step):
-            step = max(common)
-            best = Found(folder.name, world, ep, step, ranks[0][step])
+        newest = newest_of_layout(ssd_path, folder.name, world)
+        if newest is not None and (best is None or newest[0] > best.step):
+            best = Found(folder.name, world, ep, *newest)
     return best
 
 

@@ -143,6 +143,7 @@ class SsdTier:
     ) -> None:
         self.identity = identity
         self.path = identity.file(ssd_path, "pages")
+        self._is_new = False
         self.lock = FolderLock(identity.file(ssd_path, "lock"))
         self.log = RecordLog(
             ssd_path, run_id=identity.run_id, rank=identity.rank, open_file=open_file
@@ -191,6 +192,7 @@ class SsdTier:
             path.parent.mkdir(parents=True, exist_ok=True)
         tier = cls(ssd_path, identity, **options)
         try:
+            tier._is_new = True
             steps = [record.step for record in tier.log.read()]
             if steps and not replace:
                 rule = f"holds step {max(steps)} of run {identity.run_id}, which would be lost"
@@ -249,8 +251,15 @@ class SsdTier:
             self._file.sync()
 
     def close(self) -> None:
+        """End; a new file to which nothing was committed goes."""
         self.threads.close()
         self._file.close()
+        if self._is_new and self.log.is_empty:
+            for kind in ("pages", "record-a", "record-b", "lock"):
+                with contextlib.suppress(OSError):
+                    self.identity.file(self.path.parents[1], kind).unlink()
+            with contextlib.suppress(OSError):
+                self.path.parent.rmdir()
         self.lock.close()
 
     @contextlib.contextmanager
@@ -265,10 +274,21 @@ class SsdTier:
             traffic.seconds += elapsed
 
 
+def damage_mark(path: Path) -> Path:
+    """Beside the page file `path`: there from the moment that a page of it was found damaged, for
+    the next start to read all of them before it trusts any."""
+    return path.with_suffix(".damaged")
+
+
 def damaged_page(path: Path, page: int, offset: int, what: str) -> CheckpointError:
+    """Mark the file, and say it."""
     rule = f"page {page} at byte {offset} ({what}) is not what was written"
-    remedy = "look at the disk, and resume from a checkpoint folder"
-    return CheckpointError(path_line(path, rule, remedy))
+    remedy = "look at the disk; the same command goes on from what is whole"
+    error = CheckpointError(path_line(path, rule, remedy))
+    with contextlib.suppress(OSError):
+        damage_mark(path).write_text(f"{error}\n")
+        sync_folder(path.parent)
+    return error
 
 
 class Probe(NamedTuple):

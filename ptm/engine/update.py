@@ -118,7 +118,7 @@ class Updater:
         discard: the gradient sums are of no use afterwards, so their pages need not be kept.
         """
         if self.is_inline:  # what was to come after the updates before comes before these
-            self._finish_jobs()
+            self.finish_jobs()
         is_whole = list(units) == self.names
         self._reached = -1 if is_whole else len(self.names)
         for index, name in enumerate(units):
@@ -192,9 +192,10 @@ class Updater:
         self._reach(len(self.names))
         for name in self.names:
             self.wait(name)
-        self._finish_jobs()
+        self.finish_jobs()
 
-    def _finish_jobs(self) -> None:
+    def finish_jobs(self) -> None:
+        """Until all jobs that `then` took have run. Raises what they raised."""
         while self._jobs:
             self._jobs.popleft().result()
 
