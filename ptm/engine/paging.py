@@ -17,8 +17,9 @@ from pathlib import Path
 
 from ptm.engine.config import PolicyKind
 from ptm.engine.layout import PageMap
-from ptm.engine.schedule import Schedule, make_schedule, needs_replan
+from ptm.engine.schedule import Schedule, needs_replan
 from ptm.engine.store import PageStore
+from ptm.engine.terms import Terms
 from ptm.engine.trace import Tracer
 
 FIRST, FACTOR, MOST = 2, 8, 1024
@@ -47,8 +48,17 @@ class Paging:
         commits: bool,
     ) -> None:
         """rates: bytes a second that the disk reads and writes; commits: after every step."""
-        self.store, self.pages, self.num_frames, self.policy = store, pages, num_frames, policy
-        self.rates, self.commits = rates, commits
+        self.store = store
+        read_rate, write_rate = rates
+        self.terms = Terms(
+            num_frames=num_frames,
+            page_bytes=pages.page_bytes,
+            read_bytes_per_s=read_rate,
+            write_bytes_per_s=write_rate,
+            policy=policy,
+            commits=commits,
+            scratch_kind=pages.grads.name,
+        )
         self.num_plans = 0
         self._plans: dict[object, Plan] = {}
         self._kind: object = None
@@ -87,23 +97,14 @@ class Paging:
             return
         if plan.schedule is not None and not needs_replan(plan.schedule, trace):
             return
-        read_rate, write_rate = self.rates
-        grads = self.pages.grads
-        plan.schedule = make_schedule(
-            trace,
-            num_frames=self.num_frames,
-            page_bytes=self.pages.page_bytes,
-            read_bytes_per_s=read_rate,
-            write_bytes_per_s=write_rate,
-            policy=self.policy,
-            scratch=range(grads.first, grads.first + grads.count),
-            commits=self.commits,
-        )
+        plan.schedule = self.terms.schedule(trace)
         self.num_plans += 1
 
     def save(self, folder: Path) -> None:
-        """Leave the schedule for people: schedule.txt, schedule.svg and the trace it is from."""
+        """Leave the schedule for people: schedule.txt, schedule.svg, and the trace and terms that
+        it is from."""
         if (schedule := self.schedule) is not None:
             (folder / "schedule.txt").write_text(schedule.text())
             schedule.svg(folder / "schedule.svg")
             schedule.trace.save(folder / "trace.json")
+            self.terms.save(folder / "terms.json")
