@@ -140,7 +140,7 @@ def first_weights(
         state = TrainState(run_id=run_id)
         initial = _initial_weights(recipe)
         for name, shape in engine.shapes().items():
-            engine.fill(name, initial(name, shape))
+            engine.fill(name, initial(name, torch.Size(shape)))
     engine.updates = state.updates
     engine.publish()
     return state

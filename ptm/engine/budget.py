@@ -84,7 +84,7 @@ def received_numel(group: Group) -> int:
 
 def ssd_bytes(pages: PageMap) -> int:
     """The page file: two places for what a commit keeps, one for gradients."""
-    return (2 * len(pages.durable) + pages.grads.count) * pages.page_bytes
+    return (2 * len(pages.durable) + pages.grads.num_pages) * pages.page_bytes
 
 
 def make_budget(

@@ -1,5 +1,5 @@
-"""Persistent buffers of the model, such as the router's bias: small, equal on all ranks, and part of
-the state.
+"""Persistent buffers of the model, such as the router's bias: small, equal on all ranks, and part
+of the state.
 
 Rank 0 shows all rows of them to whoever saves or loads; after a load the others get them from it. A
 commit carries them in its meta, as numbers that JSON keeps exactly.

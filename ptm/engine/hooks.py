@@ -57,8 +57,8 @@ class Hooks:
             if index + 1 < len(self.units) and not self.is_first_forward:
                 self.weights.start(self.units[index + 1])
             if not self.weights.keep and module.training and torch.is_grad_enabled():
-                self._saving = saved_as_places(unit)
-                self._saving.__enter__()
+                saving = self._saving = saved_as_places(unit)
+                saving.__enter__()
 
         return hook
 

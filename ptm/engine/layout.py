@@ -186,8 +186,13 @@ class Kind(NamedTuple):
 
     name: str
     first: int
-    count: int
+    num_pages: int
     per_page: int
+
+    @property
+    def stop(self) -> int:
+        """The first page of the next kind."""
+        return self.first + self.num_pages
 
     def pages(self, start: int, stop: int) -> range:
         """Pages that hold elements [start, stop)."""
@@ -230,11 +235,11 @@ class PageMap:
         self.numel, self.page_bytes, self.format = numel, page_bytes, fmt
         per_states = page_bytes // fmt.state_block_bytes * ALIGN
         self.weights = self._kind("weights", 0, page_bytes // fmt.weight_bytes)
-        self.states = self._kind("states", self.weights.count, per_states)
-        durable = self.weights.count + self.states.count
+        self.states = self._kind("states", self.weights.num_pages, per_states)
+        durable = self.weights.num_pages + self.states.num_pages
         self.grads = self._kind("grads", durable, page_bytes // 4)
         self.durable = range(durable)
-        self.num_pages = durable + self.grads.count
+        self.num_pages = durable + self.grads.num_pages
 
     def _kind(self, name: str, first: int, per_page: int) -> Kind:
         return Kind(name, first, -(-self.numel // per_page), per_page)
@@ -260,6 +265,6 @@ class PageMap:
     def describe(self, page: int) -> str:
         """`weights 12`: which page of which kind."""
         for kind in (self.weights, self.states, self.grads):
-            if page < kind.first + kind.count:
+            if page < kind.stop:
                 return f"{kind.name} {page - kind.first}"
         raise IndexError(page)

@@ -209,9 +209,7 @@ def describer(pages: PageMap, layout: Layout) -> Callable[[int], str]:
     """Page -> what lies in it, for people: its kind and the tensors it holds parts of."""
 
     def describe(page: int) -> str:
-        kind = next(
-            k for k in (pages.weights, pages.states, pages.grads) if page < k.first + k.count
-        )
+        kind = next(k for k in (pages.weights, pages.states, pages.grads) if page < k.stop)
         start = (page - kind.first) * kind.per_page
         stop = start + kind.per_page
         names = []

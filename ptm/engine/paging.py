@@ -62,7 +62,7 @@ class Paging:
         self.num_plans = 0
         self._plans: dict[object, Plan] = {}
         self._kind: object = None
-        kinds = [(k.name, k.first + k.count) for k in (pages.weights, pages.states, pages.grads)]
+        kinds = [(k.name, k.stop) for k in (pages.weights, pages.states, pages.grads)]
         self._tracer = Tracer(kinds)
 
     @property

@@ -78,9 +78,13 @@ class Schedule:
     flushes: tuple[Flush, ...]
     timeline: Timeline
 
-    @cached_property
+    @property
     def orders(self) -> tuple[Order, ...]:
         """In the order of issue."""
+        return self._orders
+
+    @cached_property
+    def _orders(self) -> tuple[Order, ...]:
         count = self.trace.num_positions
         return tuple(Order(m.at, m.page, m.needed_at % count, m.evicts) for m in self.moves)
 

@@ -66,7 +66,7 @@ class Gathered:
             or tensor.untyped_storage().data_ptr() != frame.untyped_storage().data_ptr()
         ):
             return tensor
-        offset = tensor.storage_offset() - frame.storage_offset()
+        offset = int(tensor.storage_offset() - frame.storage_offset())
         return Place(tensor.shape, tensor.stride(), offset)
 
     def unpack(self, saved: Tensor | Place) -> Tensor:

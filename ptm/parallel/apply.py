@@ -1,8 +1,8 @@
 """Where the model meets the ranks: the one file that knows both.
 
-    units_of          the model's blocks as units of an engine, and which parameters are experts
-    share_experts     dispatchers that reach the experts of other ranks
-    materialize       buffers of a model on the meta device
+units_of          the model's blocks as units of an engine, and which parameters are experts
+share_experts     dispatchers that reach the experts of other ranks
+materialize       buffers of a model on the meta device
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch import nn
 from ptm.engine.engine import UnitSpec
 from ptm.engine.layout import Named
 from ptm.mesh.mesh import Mesh
+from ptm.model.moe import MixtureOfExperts
 from ptm.model.transformer import Transformer
 from ptm.parallel.expert import dispatcher_for
 
@@ -31,8 +32,9 @@ def units_of(model: Transformer) -> list[UnitSpec]:
 def share_experts(model: Transformer, mesh: Mesh, chunks: int) -> None:
     """Have every layer send rows to the ranks of their experts. Raises RecipeError."""
     dispatcher = dispatcher_for(mesh, model.config.num_experts, chunks)
-    for block in model.model.layers:
-        block.mlp.dispatcher = dispatcher
+    for module in model.modules():
+        if isinstance(module, MixtureOfExperts):
+            module.dispatcher = dispatcher
 
 
 def materialize_buffers(model: nn.Module, device: torch.device) -> None:

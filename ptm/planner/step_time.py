@@ -124,6 +124,7 @@ def _compute_s(job: Job, speed: Speed) -> float:
         layers = job.model.num_hidden_layers
         block = timed.block_forward_s * (1 + again) + timed.block_backward_s
         one = layers * block + timed.root_forward_s + timed.root_backward_s
+        one *= job.micro_tokens / timed.tokens
     else:
         one = sum(
             count * (3 + again * (kind != "head")) / speed.rate(job.precision, kind)
@@ -209,7 +210,7 @@ def _disk(job: Job, speed: Speed, placed: Placed) -> tuple[float, float]:
     if not job.has_ssd:
         return 0.0, 0.0
     pages, page = states.page_map(job), job.page_bytes
-    weights, grads, durable = pages.weights.count, pages.grads.count, len(pages.durable)
+    weights, grads, durable = pages.weights.num_pages, pages.grads.num_pages, len(pages.durable)
     absent, M = placed.ssd / placed.total, job.micro_batches
     passes = 2 * M if job.zero == 3 else 1
     read = absent * (passes * weights + M * grads + durable + grads)

@@ -91,7 +91,7 @@ def fit(run: Run) -> None:
 
 
 def _save(run: Run, *, is_best: bool, block: bool) -> None:
-    """A portable checkpoint, unless the recipe wants none because the engine's disk has the step."""
+    """A portable checkpoint, unless the recipe wants none: the engine's disk has the step."""
     if run.save_every:
         run.save(run.state, is_best=is_best, block=block)
     else:

@@ -114,6 +114,6 @@ def test_pieces_walk_a_range_page_by_page(fmt):
         assert list(kind.pages(1_000, 99_000)) == [piece.page for piece in pieces]
     seen = [pages.describe(page).split()[0] for page in range(pages.num_pages)]
     assert [seen.count(name) for name in ("weights", "states", "grads")] == [
-        pages.weights.count, pages.states.count, pages.grads.count
+        pages.weights.num_pages, pages.states.num_pages, pages.grads.num_pages
     ]  # fmt: skip
     assert seen == sorted(seen, key=("weights", "states", "grads").index)

@@ -1,4 +1,4 @@
-"""Numbers in pages: what is written is read, in every format, at any row, and nothing else moves."""
+"""Numbers in pages: what is written is read, in every format, at any row; nothing else moves."""
 
 import pytest
 import torch
