@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from ptm.common.errors import PlanError, line
 from ptm.common.units import MIB, format_bytes, parse_bytes
 from ptm.engine.config import EngineConfig
-from ptm.engine.layout import Group, Layout, PageMap
+from ptm.engine.layout import Group, Layout, PageMap, Unit
 
 LEAST_FRAMES = 8
 """Pages that the update, a gather and the landing of gradients hold at once, and some to move."""
@@ -80,6 +80,10 @@ def received_numel(group: Group) -> int:
     """Elements that come to this rank when a group is summed; one rank's own stay in place."""
     parts = len(group.cuts) - 1
     return parts * group.shard_numel if parts > 1 else 0
+
+
+def owned_numel(unit: Unit) -> int:
+    return sum(group.shard_numel for group in unit.groups)
 
 
 def ssd_bytes(pages: PageMap) -> int:

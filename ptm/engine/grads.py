@@ -2,12 +2,16 @@
 
     arrived   autograd has a parameter's gradient: copied into the unit's flat buffer, and freed
     finish    all of a unit have: each rank's range is on its way to it
-    land      what came is added, in rank order, in fp32, to the sums in this rank's pages;
-              with the last micro-batch of a step the squares of the sums are added up too
+    take      what came is added up in fp32, in rank order, and added to the sums in this rank's
+              pages in device memory; what belongs in pages of the host is on its way there
+    land      the same for pages of the host; with the last micro-batch of a step the squares of
+              all sums are added up too
 
 Gradients travel in the type that autograd made them in: rounding them again would lose, widening
 them would only cost bytes. With zero 1 they are summed over micro-batches at home, in fp32, and
 travel once a step; that is fewer bytes from three micro-batches on, for 4 bytes a parameter.
+Without an accelerator, take and land are one; with one, `take` has a stream of its own, and between
+the two another unit's backward runs.
 
 Two buffers: one is filled while the other is on its way. The root fills over the whole backward and
 has its own. The number and order of collectives depend on nothing but the order of the units.
@@ -23,9 +27,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ptm.engine.budget import received_numel
+from ptm.engine.budget import owned_numel, received_numel
 from ptm.engine.layout import Group, Slot
 from ptm.engine.states import PagedStates
+from ptm.engine.stream import CHUNK, Event
 from ptm.engine.timing import Timing
 from ptm.engine.weights import Gathered
 from ptm.mesh.collectives import PendingSum, scatter_sum
@@ -41,7 +46,8 @@ class Summing:
     buffer: Tensor | None = None
     missing: set[str] = field(default_factory=set)
     pending: list[tuple[Group, PendingSum]] = field(default_factory=list)
-    squares: list[float] = field(default_factory=list)
+    norms: list[Tensor] = field(default_factory=list)
+    "Of each piece of this step's sums, fp64, where the sums are."
 
     @property
     def name(self) -> str:
@@ -61,6 +67,24 @@ class UnderWay(NamedTuple):
     replaces: bool
     "Whether the sums in the pages are of an earlier step."
     is_last: bool
+
+
+class Part(NamedTuple):
+    """Sums of elements [start, start + S) of the flat space on their way to pages of the host."""
+
+    start: int
+    pieces_NS: Tensor
+
+
+@dataclass
+class Landing:
+    """A unit's gradients between `take` and `land`."""
+
+    done: UnderWay
+    parts: list[Part]
+    arrived: Event
+    room: Tensor | None
+    "Page-locked memory that `parts` are views of."
 
 
 class Grads:
@@ -83,13 +107,20 @@ class Grads:
         owns = [True, *([self.is_local] * (len(units) - 1))]
         self.units = [Summing(unit, own) for unit, own in zip(units, owns)]
         shared = [u.gathered.unit.numel for u in self.units if not u.owns_buffer]
-        depth = min(2 if mesh.world > 1 else 1, len(shared))
+        streams = states.streams
+        depth = min(2 if mesh.world > 1 or streams.has_device else 1, len(shared))
         self._free = [self._buffer(max(shared)) for _ in range(depth)]
         for unit in self.units:
             if unit.owns_buffer:
                 unit.buffer = self._buffer(unit.gathered.unit.numel)
         self._rooms = [self._room(units) for _ in range(depth + 1)] if mesh.world > 1 else []
         self._under_way: list[UnderWay] = []
+        self._landing: list[Landing] = []
+        self._host_rooms: list[Tensor] = []
+        if streams.has_device:
+            numel = max(owned_numel(unit.unit) for unit in units)
+            dtype = torch.float32 if mesh.world > 1 else self.dtype
+            self._host_rooms = [streams.room(numel, dtype) for _ in range(2)]
         for unit in self.units:
             for group, slot, param in unit.gathered.params:
                 param.register_post_accumulate_grad_hook(self._hook(unit, group, slot))
@@ -122,7 +153,7 @@ class Grads:
         self.is_first, self.is_last = is_first, is_last
         if is_first:
             for unit in self.units:
-                unit.squares = []
+                unit.norms = []
         for unit in self.units:
             unit.missing = {slot.name for _, slot, _ in unit.gathered.params}
 
@@ -145,7 +176,7 @@ class Grads:
                 unit.missing = set()
                 self.finish(unit)
         if self.is_last:
-            while self._under_way:
+            while self._under_way or self._landing:
                 self._land_oldest()
 
     def finish(self, unit: Summing) -> None:
@@ -165,21 +196,47 @@ class Grads:
             pending = scatter_sum(full, group.cuts, axis.get_group(), self.mesh.ledger, buffer=part)
             unit.pending.append((group, pending))
         self._under_way.append(UnderWay(unit, room, self.is_first or self.is_local, self.is_last))
-        if self.mesh.world == 1:
+        if self.states.streams.has_device:
+            while len(self._under_way) > (self.mesh.world > 1):
+                self._take_oldest()
+        elif self.mesh.world == 1:
             self._land_oldest()
 
     @torch.no_grad()
-    def _land_oldest(self) -> None:
+    def _take_oldest(self) -> None:
+        if self.states.streams.has_device and not self._host_rooms:
+            self._land_oldest()
         done = self._under_way.pop(0)
-        unit = done.unit
-        if done.replaces and not self.timing.before_landing(unit.name):
-            done = done._replace(replaces=False)
-        for group, pending in unit.pending:
-            pending.wait()
-            self._add(done, group, pending.received_NS)
+        unit, streams = done.unit, self.states.streams
+        room = self._host_rooms.pop() if self._host_rooms else None
+        filled = streams.current().record_event()
+        with streams.on(streams.land):
+            streams.land.wait_event(filled)
+            if done.replaces and not self.timing.before_landing(unit.name):
+                done = done._replace(replaces=False)
+            landing = Landing(done, [], filled, room)
+            for group, pending in unit.pending:
+                pending.wait()
+                self._add(landing, group, pending.received_NS)
+            landing.arrived = streams.land.record_event()
+        self._landing.append(landing)
+
+    @torch.no_grad()
+    def _land_oldest(self) -> None:
+        if not self._landing:
+            self._take_oldest()
+        landing = self._landing.pop(0)
+        done, unit = landing.done, landing.done.unit
+        if landing.parts:
+            landing.arrived.synchronize()
+        self.states.streams.current().wait_event(landing.arrived)
+        for part in landing.parts:
+            self._add_on_host(done, part)
         unit.pending = []
         if done.is_last:
             self.timing.landed(unit.name)
+        if landing.room is not None:
+            self._host_rooms.append(landing.room)
         if done.room is not None:
             self._rooms.append(done.room)
         if not unit.owns_buffer:
@@ -187,30 +244,52 @@ class Grads:
             self._free.append(unit.buffer)
             unit.buffer = None
 
-    def _add(self, done: UnderWay, group: Group, pieces_NS: Tensor) -> None:
-        """Add the ranks' pieces to the sums in the pages, one rank after another."""
+    def _add(self, landing: Landing, group: Group, pieces_NS: Tensor) -> None:
+        """Add the ranks' pieces to the sums in pages of the device; the others' to `parts`."""
+        states, streams, done = self.states, self.states.streams, landing.done
         first, last = group.base, group.base + group.shard_numel
-        self.states.store.note(f"backward {done.unit.name}")
-        with self.states.grads(write=True) as grads:
-            for start, stop in self.states.ranges(first, last, self.states.pages.grads):
+        middle = min(max(first, states.resident.grads * states.pages.grads.per_page), last)
+        if streams.has_device:  # what moves is one piece
+            pieces_NS = _sum(pieces_NS)
+        with states.grads(write=True) as grads:
+            for start, stop in states.ranges(first, middle, states.pages.grads, wide=True):
                 total = grads.field(torch.float32, 0, grads.move(start), stop - start)
-                mine_NC = pieces_NS[:, start - first : stop - first]
-                if mine_NC.device != total.device:  # added up where they are, then moved once
-                    mine_NC = mine_NC.float().cumsum(0)[-1:].to(total.device)
-                if done.replaces:
-                    total.copy_(mine_NC[0])
-                else:
-                    total.add_(mine_NC[0])
-                for piece_C in mine_NC[1:]:
-                    total.add_(piece_C)
+                _put(total, pieces_NS[0, start - first : stop - first], done.replaces)
+                if done.is_last:  # pieces as on the host
+                    norms = torch._foreach_norm(  # type: ignore[reportPrivateImportUsage]
+                        total.split(CHUNK), 2, dtype=torch.float64
+                    )
+                    done.unit.norms.append(torch.stack(norms))
+        rest_NS = pieces_NS[:, middle - first :]
+        if landing.room is not None and middle < last:
+            used = sum(part.pieces_NS.numel() for part in landing.parts)
+            room = landing.room[used : used + last - middle]
+            streams.copy(room, rest_NS[0])
+            rest_NS = room[None]
+        if middle < last:
+            landing.parts.append(Part(middle, rest_NS))
+
+    def _add_on_host(self, done: UnderWay, part: Part) -> None:
+        states = self.states
+        states.store.note(f"backward {done.unit.name}")
+        last = part.start + part.pieces_NS.shape[1]
+        with states.grads(write=True) as grads:
+            for start, stop in states.ranges(part.start, last, states.pages.grads):
+                total = grads.field(torch.float32, 0, grads.move(start), stop - start)
+                pieces_NC = part.pieces_NS[:, start - part.start : stop - part.start]
+                _put(total, _sum(pieces_NC)[0], done.replaces)
                 if done.is_last:
                     norm = torch.linalg.vector_norm(total, dtype=torch.float64)
-                    done.unit.squares.append(float(norm) ** 2)
+                    done.unit.norms.append(norm[None])
 
     @property
     def square(self) -> float:
-        """Sum of squares of this rank's gradient sums, in an order that does not vary."""
-        return math.fsum(s for unit in self.units for s in unit.squares)
+        """Sum of squares of this rank's gradient sums, in an order that does not vary. Waits for
+        the device."""
+        norms = [norm for unit in self.units for norm in unit.norms]
+        devices = {norm.device for norm in norms}
+        found = [torch.cat([n for n in norms if n.device == d]).tolist() for d in devices]
+        return math.fsum(norm**2 for some in found for norm in some)
 
     def non_finite(self) -> list[tuple[str, int]]:
         """How many sums of each parameter on this rank are not finite, in order."""
@@ -226,3 +305,20 @@ class Grads:
                         count += int((~total.isfinite()).sum())
                 found.append((slot.name, count))
         return found
+
+
+def _sum(pieces_NC: Tensor) -> Tensor:
+    """(1, C): the ranks' pieces added up in fp32, one after another; a single one as it is."""
+    if len(pieces_NC) == 1:
+        return pieces_NC
+    total_C = pieces_NC[0].to(torch.float32, copy=True)
+    for piece_C in pieces_NC[1:]:
+        total_C += piece_C
+    return total_C[None]
+
+
+def _put(total_C: Tensor, sum_C: Tensor, replaces: bool) -> None:
+    if replaces:
+        total_C.copy_(sum_C)
+    else:
+        total_C.add_(sum_C)

@@ -203,6 +203,14 @@ class Kind(NamedTuple):
         )
 
 
+class Resident(NamedTuple):
+    """How many pages of each kind, from the first on, are in device memory for the whole run."""
+
+    weights: int = 0
+    states: int = 0
+    grads: int = 0
+
+
 class Piece(NamedTuple):
     """Elements [start, stop) of the flat space, which lie in one page, from `offset` in it."""
 
@@ -261,6 +269,24 @@ class PageMap:
             end = min(stop, (number + 1) * kind.per_page)
             yield Piece(kind.first + number, start, end, offset)
             start = end
+
+    def resident(self, most: int) -> Resident:
+        """The pages that lie whole in a prefix of the flat space: the longest prefix in which they
+        are `most` or fewer."""
+
+        def within(stop: int) -> Resident:
+            kinds = (self.weights, self.states, self.grads)
+            is_all = stop >= self.numel
+            return Resident(*(k.num_pages if is_all else stop // k.per_page for k in kinds))
+
+        low, high = 0, self.numel
+        while low < high:
+            middle = (low + high + 1) // 2
+            if sum(within(middle)) <= most:
+                low = middle
+            else:
+                high = middle - 1
+        return within(low)
 
     def describe(self, page: int) -> str:
         """`weights 12`: which page of which kind."""

@@ -10,23 +10,28 @@ page's elements:
 `rest` is there in bf16 precision only (ptm/engine/split.py). int8 moments are linear in blocks of
 128, after a square root for the second, whose codes are rounded up: a second moment that became
 zero would make an endless step.
+
+Pages of a prefix of the flat space may be in device memory for good. A chunk is worked on where its
+page of states is; at the end of the prefix, where its weights or gradients can be in the other
+memory, those of that chunk are moved.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+import functools
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from ptm.engine.layout import ALIGN, Group, Kind, PageMap, Slot
+from ptm.engine.layout import ALIGN, Group, Kind, PageMap, Resident, Slot
 from ptm.engine.split import join, split
 from ptm.engine.state import stored_shape
-
-CHUNK = 2**16
-"""Elements worked on at once: the fp32 copies of a chunk stay in the second-level cache."""
+from ptm.engine.stream import CHUNK, HOST, Event, Streams
 
 
 class Store(Protocol):
@@ -58,11 +63,28 @@ class Moments(NamedTuple):
     exp_avg_sq: Tensor
 
 
+@dataclass
+class Room:
+    """fp32 copies of one chunk, made once."""
+
+    master: Tensor
+    grad: Tensor
+    moments: Moments
+
+    @classmethod
+    def of(cls, numel: int, device: torch.device) -> Room:
+        a, b, c, d = (torch.empty(numel, device=device) for _ in range(4))
+        return cls(a, b, Moments(c, d))
+
+
 class Cursor:
     """The held page of one kind under a walk over the flat space; use in a `with`."""
 
-    def __init__(self, store: Store, pages: PageMap, kind: Kind, *, write: bool) -> None:
-        self.store, self.pages, self.kind, self.write = store, pages, kind, write
+    def __init__(self, store: Store, kind: Kind, num_resident: int, *, write: bool) -> None:
+        self.store, self.kind, self.write = store, kind, write
+        self.num_resident = num_resident
+        self.on_device = False
+        "Where the held page is."
         self.page = -1
         self.bytes: Tensor = torch.empty(0, dtype=torch.uint8)
 
@@ -84,6 +106,7 @@ class Cursor:
             self._let_go()
             self.bytes = self.store.hold(self.kind.first + number, write=self.write)
             self.page = self.kind.first + number
+            self.on_device = number < self.num_resident
         return offset
 
     def field(self, dtype: torch.dtype, base: int, offset: int, count: int) -> Tensor:
@@ -95,8 +118,21 @@ class Cursor:
 class PagedStates:
     """Reads and writes ranges of the flat space. Ranges of one unit are touched by one thread."""
 
-    def __init__(self, store: Store, pages: PageMap, precision: torch.dtype) -> None:
+    def __init__(
+        self,
+        store: Store,
+        pages: PageMap,
+        precision: torch.dtype,
+        *,
+        streams: Streams = HOST,
+        resident: Resident = Resident(),  # noqa: B008
+        most_reading: int = 1,
+    ) -> None:
+        """resident: pages in device memory. most_reading: pages of the host that copies to the
+        device may hold at once."""
         self.store, self.pages, self.precision = store, pages, precision
+        self.streams, self.resident, self.most_reading = streams, resident, most_reading
+        self._reading: deque[tuple[int, Event]] = deque()
         self.is_split, self.is_int8 = pages.format.is_split, pages.format.is_int8
         count = pages.states.per_page
         moment = 1 if self.is_int8 else 4
@@ -105,33 +141,74 @@ class PagedStates:
         self.at_scales = self.at_rest + (2 * count if self.is_split else 0)
 
     def weights(self, *, write: bool = False) -> Cursor:
-        return Cursor(self.store, self.pages, self.pages.weights, write=write)
+        return Cursor(self.store, self.pages.weights, self.resident.weights, write=write)
 
     def states(self, *, write: bool = False) -> Cursor:
-        return Cursor(self.store, self.pages, self.pages.states, write=write)
+        return Cursor(self.store, self.pages.states, self.resident.states, write=write)
 
     def grads(self, *, write: bool = False) -> Cursor:
-        return Cursor(self.store, self.pages, self.pages.grads, write=write)
+        return Cursor(self.store, self.pages.grads, self.resident.grads, write=write)
 
-    def ranges(self, start: int, stop: int, *kinds: Kind) -> Iterator[tuple[int, int]]:
-        """[start, stop) cut at the pages of `kinds` and into chunks."""
+    def on_device(self, start: int) -> bool:
+        """Whether the states of element `start` are in device memory."""
+        return start // self.pages.states.per_page < self.resident.states
+
+    def is_resident(self, start: int, stop: int) -> bool:
+        """Whether all pages of elements [start, stop) are in device memory."""
+        kinds = (self.pages.weights, self.pages.states, self.pages.grads)
+        return all((stop - 1) // k.per_page < n for k, n in zip(kinds, self.resident))
+
+    def ranges(
+        self, start: int, stop: int, *kinds: Kind, wide: bool = False
+    ) -> Iterator[tuple[int, int]]:
+        """[start, stop) cut at the pages of `kinds` and into chunks; `wide`: into those of the
+        device, where all pages are there."""
         while start < stop:
             ends = [(start // kind.per_page + 1) * kind.per_page for kind in kinds]
-            end = min(stop, start + CHUNK, *ends)
+            chunk = self.streams.chunk if wide and self.is_resident(start, min(ends)) else CHUNK
+            end = min(stop, start + chunk, *ends)
             yield start, end
             start = end
 
     def read_weights(self, start: int, stop: int, out: Tensor) -> None:
-        """Copy weights [start, stop) into `out`, in the format of forward and backward."""
-        with self.weights() as cursor:
-            for piece in self.pages.pieces(self.pages.weights, start, stop):
-                offset, count = cursor.move(piece.start), piece.stop - piece.start
-                source = cursor.field(self.precision, 0, offset, count)
-                out[piece.start - start : piece.stop - start].copy_(source, non_blocking=True)
+        """Copy weights [start, stop) into `out`, in the format of forward and backward, on the
+        current stream. The copies may go on after the return: pages stay held until `settle`."""
+        kind, size, streams = self.pages.weights, self.precision.itemsize, self.streams
+        for page, at, end, offset in self.pages.pieces(kind, start, stop):
+            data = self.store.hold(page)[offset * size : (offset + end - at) * size]
+            streams.copy(out[at - start : end - start], data.view(self.precision))
+            self._reading.append((page, streams.current().record_event()))
+            self.settle(self.most_reading)
+
+    def settle(self, most: int) -> None:
+        """Release pages that copies are done with, and wait until at most `most` are not. Called
+        by the threads that gather, of which one runs at a time."""
+        while self._reading:
+            page, event = self._reading[0]
+            if len(self._reading) > most:
+                event.synchronize()
+            elif not event.query():
+                break
+            self._reading.popleft()
+            self.store.release(page)
+
+    def _field(
+        self, cursor: Cursor, dtype: torch.dtype, base: int, at: int, count: int, on_device: bool
+    ) -> Tensor:
+        """A chunk's array in the memory that is wanted: a view of the page, or at the end of the
+        prefix a copy."""
+        found = cursor.field(dtype, base, cursor.move(at), count)
+        is_there = cursor.on_device == on_device
+        return found if is_there else self.streams.moved(found, to_device=on_device)
+
+    def gradient(self, grads: Cursor, at: int, count: int) -> Tensor:
+        """fp32 sums of a chunk, where its states are."""
+        return self._field(grads, torch.float32, 0, at, count, self.on_device(at))
 
     def master(self, weights: Cursor, states: Cursor, at: int, count: int, room: Tensor) -> Tensor:
-        """fp32 masters of a chunk: a view of the page, or made in `room` when split."""
-        weight = weights.field(self.precision, 0, weights.move(at), count)
+        """fp32 masters of a chunk, where its states are: a view of the page, or made in `room`
+        when split."""
+        weight = self._field(weights, self.precision, 0, at, count, self.on_device(at))
         if not self.is_split:
             return weight
         rest = states.field(torch.int16, self.at_rest, states.move(at), count)
@@ -145,7 +222,11 @@ class PagedStates:
             if weight.data_ptr() != master.data_ptr():
                 weight.copy_(master)
             return
-        split(master, weight, states.field(torch.int16, self.at_rest, states.move(at), count))
+        is_there = weights.on_device == self.on_device(at)
+        near = weight if is_there else torch.empty_like(weight, device=master.device)
+        split(master, near, states.field(torch.int16, self.at_rest, states.move(at), count))
+        if not is_there:
+            weight.copy_(near)
 
     def moments(self, states: Cursor, at: int, count: int, room: Moments) -> Moments:
         """fp32 moments of a chunk: views of the page, or made in `room` from int8."""
@@ -225,18 +306,24 @@ class PageRows:
         found._stop = self._start + (last - self.first_row) * self._row_numel
         return found
 
+    def _rooms(self) -> Callable[[int], Room]:
+        states = self._states
+        made = functools.cache(lambda device: Room.of(2 * CHUNK, device))
+        return lambda at: made(states.streams.device if states.on_device(at) else HOST.device)
+
     def read(self) -> Tensor:
         out = torch.empty(self._stop - self._start)
-        room = Moments(torch.empty(2 * CHUNK), torch.empty(2 * CHUNK))
-        states = self._states
+        states, room_at = self._states, self._rooms()
         kinds = (states.pages.weights, states.pages.states)
         with states.weights() as weights, states.states() as opt:
             for start, stop in states.ranges(self._start, self._stop, *kinds):
                 part = out[start - self._start : stop - self._start]
                 if self._what == "master":
-                    found = states.master(weights, opt, start, stop - start, part)
+                    room = part if not states.on_device(start) else room_at(start).master
+                    found = states.master(weights, opt, start, stop - start, room)
                 else:
                     head = start % ALIGN  # int8 blocks are read from their start
+                    room = room_at(start).moments
                     both = states.moments(opt, start - head, stop - start + head, room)
                     found = getattr(both, self._what)[head:]
                 if found.data_ptr() != part.data_ptr():
@@ -246,18 +333,19 @@ class PageRows:
     def write(self, rows: Tensor) -> None:
         values = rows.reshape(-1)
         assert values.numel() == self._stop - self._start, (rows.shape, self.shape, self.num_rows)
-        states, room = self._states, torch.empty(CHUNK)
+        states, room_at = self._states, self._rooms()
         kinds = (states.pages.weights, states.pages.states)
-        moments = Moments(torch.empty(2 * CHUNK), torch.empty(2 * CHUNK))
         with states.weights(write=True) as weights, states.states(write=True) as opt:
             for start, stop in states.ranges(self._start, self._stop, *kinds):
                 part = values[start - self._start : stop - self._start]
                 if self._what == "master":
-                    states.put_master(weights, opt, start, room[: stop - start].copy_(part))
+                    room = room_at(start).master[: stop - start]
+                    states.put_master(weights, opt, start, room.copy_(part))
                     continue
                 head = start % ALIGN
                 tail = -stop % ALIGN if states.is_int8 else 0
                 tail = min(tail, states.pages.numel - stop)
-                both = states.moments(opt, start - head, stop - start + head + tail, moments)
+                count = stop - start + head + tail
+                both = states.moments(opt, start - head, count, room_at(start).moments)
                 getattr(both, self._what)[head : head + stop - start].copy_(part)
                 states.put_moments(opt, start - head, both)

@@ -9,6 +9,10 @@
 Units are updated in the order in which the next forward needs them, and a gather waits for its own
 unit only, so the update hides behind data loading, the evaluation's start and the forward of
 earlier units. Nothing in the result depends on when it ran.
+
+Chunks whose states are in device memory are updated there, on a stream of its own, in the same
+order: this thread then only starts kernels, and a gather waits for them in its stream. The host
+writes no page before the device has read what it was asked to until the update was submitted.
 """
 
 from __future__ import annotations
@@ -19,27 +23,16 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 
 import torch
 
 from ptm.engine.layout import Group, Layout, Unit
-from ptm.engine.states import CHUNK, Moments, PagedStates
+from ptm.engine.states import PagedStates, Room
+from ptm.engine.stream import CHUNK, HOST, Event
 
 Update = Callable[..., None]
 """`update(param, grad=, exp_avg=, exp_avg_sq=, step=, lr=, decay=)` on flat fp32 ranges;
 optim.adamw is one."""
-
-
-@dataclass
-class Room:
-    """fp32 copies of one chunk, made once."""
-
-    master: torch.Tensor = field(default_factory=lambda: torch.empty(CHUNK))
-    grad: torch.Tensor = field(default_factory=lambda: torch.empty(CHUNK))
-    moments: Moments = field(
-        default_factory=lambda: Moments(torch.empty(CHUNK), torch.empty(CHUNK))
-    )
 
 
 @torch.no_grad()
@@ -47,7 +40,7 @@ def update_group(
     states: PagedStates,
     group: Group,
     update: Update,
-    room: Room,
+    room_at: Callable[[int], Room],
     *,
     scale: float,
     lr: float,
@@ -64,9 +57,9 @@ def update_group(
         states.states(write=True) as opt,
         states.grads() as grads,
     ):
-        for start, stop in states.ranges(first, last, *kinds):
-            count = stop - start
-            grad = grads.field(torch.float32, 0, grads.move(start), count)
+        for start, stop in states.ranges(first, last, *kinds, wide=True):
+            count, room = stop - start, room_at(start)
+            grad = states.gradient(grads, start, count)
             grad = torch.mul(grad, scale, out=room.grad[:count])
             master = states.master(weights, opt, start, count, room.master)
             moments = states.moments(opt, start, count, room.moments)
@@ -101,7 +94,14 @@ class Updater:
         self.is_inline = False
         self._units = {unit.name: unit for unit in layout.units}
         self.names = list(self._units)
-        self._room = Room()
+        self._streams = states.streams
+        self._host_room = Room.of(CHUNK, HOST.device)
+        has_device = any(states.resident)
+        self._device_room = (
+            Room.of(self._streams.chunk, self._streams.device) if has_device else self._host_room
+        )
+        self._done: dict[str, Event] = {}
+        "Of each unit's last update on the device."
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ptm-update")
         self._running: dict[str, Future[None] | Callable[[], None]] = {}
         self._jobs: deque[Future[None]] = deque()
@@ -124,7 +124,8 @@ class Updater:
         for index, name in enumerate(units):
             assert name not in self._running, f"{name} is being updated"
             unit = self._units[name]
-            job = functools.partial(self._run, index, unit, scale, lr, step, discard)
+            asked = self._streams.current().record_event()
+            job = functools.partial(self._run, asked, index, unit, scale, lr, step, discard)
             self._running[name] = job if self.is_inline else self._thread.submit(job)
 
     def then(self, job: Callable[[], None]) -> None:
@@ -136,16 +137,34 @@ class Updater:
         else:
             self._jobs.append(self._thread.submit(job))
 
+    def _room_at(self, at: int) -> Room:
+        return self._device_room if self.states.on_device(at) else self._host_room
+
     def _run(
-        self, index: int, unit: Unit, scale: float, lr: float, step: int, discard: bool
+        self,
+        asked: Event,
+        index: int,
+        unit: Unit,
+        scale: float,
+        lr: float,
+        step: int,
+        discard: bool,
     ) -> None:
         ahead = self.ahead
         if ahead is not None and not self.is_inline:
             with self._asked:
                 self._asked.wait_for(lambda: self._reached >= index - ahead)
         self.states.store.note(f"update {unit.name}")
-        for group in unit.groups:
-            update_group(self.states, group, self.update, self._room, scale=scale, lr=lr, step=step)
+        streams = self._streams
+        with streams.on(streams.update):
+            streams.update.wait_event(asked)
+            for group in unit.groups:
+                if not self.states.is_resident(group.base, group.base + group.shard_numel):
+                    asked.synchronize()
+                update_group(
+                    self.states, group, self.update, self._room_at, scale=scale, lr=lr, step=step
+                )
+            self._done[unit.name] = streams.update.record_event()
         if discard:
             self.discard(unit.name)
 
@@ -173,10 +192,15 @@ class Updater:
         return False
 
     def wait(self, unit: str) -> None:
-        """Until the unit's last update is done. Raises what it raised."""
+        """Until the unit's last update is done on the host; on the device what this thread's stream
+        gets next comes after it. Raises what it raised."""
         running = self._running.pop(unit, None)
-        if running is None:
-            return
+        if running is not None:
+            self._finish(unit, running)
+        if unit in self._done:
+            self._streams.current().wait_event(self._done[unit])
+
+    def _finish(self, unit: str, running: Future[None] | Callable[[], None]) -> None:
         self._reach(max(self._reached, self.names.index(unit)))
         if isinstance(running, Future):
             started = time.perf_counter()

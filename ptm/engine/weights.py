@@ -12,6 +12,9 @@ and types stay right and a use of it is noticed by its values, never by a crash 
 Autograd keeps weights for the backward. Where blocks are not recomputed, those weights would keep a
 frame alive or, worse, show another unit's values later, so what is saved out of a frame is saved as
 its place in the unit and looked up again in the backward, in the frame gathered then.
+
+With an accelerator a gather has a stream of its own: after the computing that used the frame last
+and the unit's update, before the computing that uses it next. The host waits for neither.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from torch import Tensor, nn
 
 from ptm.engine.layout import Group, Slot, Unit
 from ptm.engine.states import PagedStates
+from ptm.engine.stream import Event
 from ptm.mesh.collectives import Pending, gather
 from ptm.mesh.mesh import Mesh
 
@@ -46,6 +50,8 @@ class Gathered:
     owns_frame: bool
     frame: Tensor | None = None
     pending: list[Pending] | None = None
+    arrived: Event | None = None
+    "This rank's part of the weights is in the frame."
     is_ready: bool = False
     offsets: list[int] = field(default_factory=list)
 
@@ -109,26 +115,34 @@ class Weights:
         """Begin to gather, unless that was done."""
         if unit.is_ready or unit.pending is not None:
             return
-        self.before_gather(unit.unit.name)
-        self.states.store.note(f"{self.phase} {unit.unit.name}")
-        if unit.frame is None:
-            unit.frame = self._free.pop()
-        unit.pending = []
-        for group in unit.unit.groups:
-            full = unit.part(group, unit.frame)
-            mine = full[group.first : group.last]
-            self.states.read_weights(group.base, group.base + group.shard_numel, mine)
-            axis = self.mesh.dp if group.axis == "dp" else self.mesh.edp
-            unit.pending.append(gather(full, group.cuts, axis.get_group(), self.mesh.ledger))
+        streams = self.states.streams
+        last_use = streams.current().record_event()
+        with streams.on(streams.gather):
+            self.before_gather(unit.unit.name)
+            self.states.store.note(f"{self.phase} {unit.unit.name}")
+            if unit.frame is None:
+                unit.frame = self._free.pop()
+            streams.gather.wait_event(last_use)
+            unit.pending = []
+            for group in unit.unit.groups:
+                full = unit.part(group, unit.frame)
+                mine = full[group.first : group.last]
+                self.states.read_weights(group.base, group.base + group.shard_numel, mine)
+                axis = self.mesh.dp if group.axis == "dp" else self.mesh.edp
+                streams.flush()
+                unit.pending.append(gather(full, group.cuts, axis.get_group(), self.mesh.ledger))
+            unit.arrived = streams.gather.record_event()
 
     def ready(self, unit: Gathered) -> None:
         """The unit's parameters hold its weights when this returns."""
         if unit.is_ready:
             return
         self.start(unit)
-        assert unit.pending is not None and unit.frame is not None
+        assert unit.pending is not None and unit.frame is not None and unit.arrived is not None
         for pending in unit.pending:
             pending.wait()
+        self.states.streams.current().wait_event(unit.arrived)
+        self.states.settle(self.states.most_reading)
         unit.pending, unit.is_ready = None, True
         for group, slot, param in unit.params:
             param.data = unit.part(group, unit.frame)[slot.start : slot.stop].view(slot.shape)
@@ -143,6 +157,7 @@ class Weights:
 
     def outdated(self) -> None:
         """The masters have changed, or will: whatever is gathered is to be gathered again."""
+        self.states.settle(0)
         for unit in self.units:
             assert unit.pending is None, unit.unit.name
             if unit.is_ready:

@@ -39,7 +39,7 @@ def adamw(
         [exp_avg],
         [exp_avg_sq],
         [],
-        [torch.tensor(float(step - 1), device=param.device)],
+        [torch.full((), float(step - 1), device=param.device)],
         fused=True,
         amsgrad=False,
         beta1=config.beta1,
