@@ -11,7 +11,8 @@ answered in well under a second. Every failure ends here, as one line on stderr 
   rank 0 a few seconds to print it; if it does not, they print it behind `[rank/world]`;
 - anything else is printed by each rank it happens to, at once. Its full trace goes to a file.
 
-Rank 0 tells that it has spoken by a file in the folder that the agent made for this start.
+A rank tells that it has spoken by a file in the folder that the agent made for this start; one that
+has only lost a peer says nothing more then.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import ptm
 from ptm.common import env, incident
-from ptm.common.errors import PtmError, RecipeError, Requeue, line
+from ptm.common.errors import HangError, PtmError, RecipeError, Requeue, line
 from ptm.common.near import nearest
 
 EXIT_OUT_OF_MEMORY = 71
@@ -132,6 +133,8 @@ def run(words: list[str]) -> int:
         is_same = not is_started or isinstance(e, Requeue)
         maybe_mine_s = MAYBE_MINE_S if isinstance(e, PtmError) else 0.0
         wait_s = SAME_EVERYWHERE_S if is_same else maybe_mine_s
+        if isinstance(e, HangError) and _has_another_said_why():
+            return code
         _complain(message, code, wait_s=wait_s, is_same=is_same)
         return code
     except KeyboardInterrupt:
@@ -268,9 +271,16 @@ def _complain(message: str, code: int, *, wait_s: float = 0.0, is_same: bool = F
             return
         message = f"[{me.rank}/{me.world}] {message}"
     print(message, file=sys.stderr, flush=True)
-    if me.rank == 0 and said is not None:
+    if folder is not None:
         with contextlib.suppress(OSError):  # the others then wait for their time
-            said.touch()
+            (folder / f"rank-{me.rank}-said-why").touch()
+
+
+def _has_another_said_why() -> bool:
+    """Whether a rank of this start has printed why it left: that others have lost it is no news."""
+    folder = env.folder_of_ranks()
+    mine = f"rank-{env.ranks().rank}-said-why"
+    return folder is not None and any(f.name != mine for f in folder.glob("rank-*-said-why"))
 
 
 def _rank_0_speaks(said: Path | None, wait_s: float, code: int) -> bool:

@@ -31,7 +31,7 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 from ptm.common import env
-from ptm.common.errors import Requeue, line
+from ptm.common.errors import EXIT_INTERNAL, Requeue, line
 
 PR_SET_PDEATHSIG = 1
 
@@ -100,12 +100,16 @@ def _leave_as_the_ranks_did(
 def of_failures(failures: Mapping[int, Any]) -> tuple[int, str]:
     """Exit code and line when a rank did not end well; `failures` maps rank -> ProcessFailure."""
 
-    def rank_order(rank: int) -> tuple[bool, int, bool, int]:
+    first = min(f.timestamp for f in failures.values())
+
+    def rank_order(rank: int) -> tuple[bool, bool, bool, bool, int]:
         failure = failures[rank]
-        # The agent ends the others with SIGTERM; times are whole seconds, and a killed rank makes
-        # its peers fail within the same one.
+        # The agent ends the others with SIGTERM; times are whole seconds, and a rank that is killed
+        # or fails makes its peers fail within the next one: with 70, as they have lost it.
         is_ended = failure.exitcode == -signal.SIGTERM
-        return is_ended, failure.timestamp, failure.exitcode > 0, rank
+        is_later = failure.timestamp > first + 1
+        may_be_lost = failure.exitcode == EXIT_INTERNAL
+        return is_ended, is_later, may_be_lost, failure.exitcode > 0, rank
 
     rank = min(failures, key=rank_order)
     code = failures[rank].exitcode
