@@ -75,6 +75,7 @@ VERBS = {
         "Show what a recipe needs on this machine, and whether it fits.",
         "ptm.jobs:PlanJob",
         "ptm.verbs:plan",
+        ("trace",),
     ),
     "eval": Verb(
         "Held-out loss, perplexity and bits per byte.",
@@ -96,7 +97,7 @@ VERBS = {
         "One HTML file about a run.", "ptm.jobs:ReportJob", "ptm.verbs:report", ("run",)
     ),
     "bench": Verb(
-        "Measure: router; engines, wire or tiers (ptm bench engines --help).",
+        "Measure: router, updates; engines, wire or tiers (ptm bench engines --help).",
         "ptm.jobs:BenchJob",
         "ptm.verbs:bench",
         ("name",),

@@ -61,7 +61,17 @@ class PlanJob(Recipe):
     ranks_per_machine: int = ranged(8, least=1, most=1024)
     "Ranks that share one machine's memory, when ranks is given."
     hardware: str | None = None
-    "Machine to plan for: a name of recipes/hardware, or a .yaml file; null is this one."
+    """Machine to plan for: a name of recipes/hardware, 8xH200 for eight ranks on such machines, or
+    a .yaml file; null is this one."""
+    schedule: bool = False
+    "Also plan when pages move within a step: a table, and a drawing in `out`."
+    trace: str | None = None
+    """Run folder whose traced step to schedule, in place of one that the plan foresees: its
+    trace.json and terms.json, from a run whose pages moved."""
+    frames: int | None = ranged(None, least=1)
+    "Pages in memory at once in the schedule; null is as many as the plan or the run has."
+    out: str = "schedule.svg"
+    "SVG file that takes the drawing of the schedule."
 
 
 @config
@@ -75,14 +85,14 @@ class DataJob(Recipe):
 @config
 class BenchJob:
     name: str
-    "Which benchmark: router."
+    "Which benchmark: router or updates."
     steps: int = ranged(160, least=1)
     "Training steps of each run."
     seeds: int = ranged(3, least=1, most=100)
     "Runs of each kind, with seeds 0, 1, ..."
     jobs: int = ranged(0, least=0, most=64)
     "Runs at a time; 0 is one per core."
-    out: str = "runs/bench-router"
+    out: str = "runs/bench"
     "Folder of the runs; finished ones are read, not run again."
     json: str | None = None
     "File that takes the numbers as JSON."

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from ptm.bench import engines, router, tiers, wire
-from ptm.build import make_plan
+from ptm.bench import engines, router, tiers, updates, wire
+from ptm.build import hardware_folders, make_plan
 from ptm.checkpoint.folders import step_folder
 from ptm.checkpoint.hf import Opened
 from ptm.checkpoint.load_model import module_of
@@ -23,6 +23,9 @@ from ptm.data import job as data_job
 from ptm.data.config import DataConfig
 from ptm.data.corpus import Corpus, open_corpus
 from ptm.data.tokenizer import load_tokenizer
+from ptm.engine.config import PolicyKind
+from ptm.engine.terms import Terms
+from ptm.engine.trace import Trace
 from ptm.eval.perplexity import held_out
 from ptm.jobs import (
     BenchJob,
@@ -36,24 +39,70 @@ from ptm.jobs import (
 from ptm.mesh.mesh import open_mesh
 from ptm.model.transformer import Transformer
 from ptm.parts import Batches
+from ptm.planner.explain import settle
+from ptm.planner.foresight import foresee
 from ptm.planner.hardware import counted
 from ptm.recipe import difference, load_recipe
 from ptm.report.html import write_report
 from ptm.serve.generator import Sampling, stream_text
 
-BENCHES = {"router": router.run}
+BENCHES = {"router": router.run, "updates": updates.run}
 STEP_BENCHES = {"engines": engines.run, "wire": wire.run, "tiers": tiers.run}
 
 
 def plan(job: PlanJob) -> None:
-    """Print the plan, or leave with code 3."""
-    ranks = None
+    """Print the plan, or leave with code 3; with schedule, when pages move within a step too."""
+    if env.ranks().rank != 0:
+        return
+    if job.trace is not None:
+        show_schedule(job, *_traced(Path(job.trace)))
+        return
     num_ranks = job.ranks or (counted(job.hardware)[0] if job.hardware else None)
+    ranks = env.ranks()
     if num_ranks is not None:
         ranks = env.Ranks(0, num_ranks, 0, min(num_ranks, job.ranks_per_machine))
-    if env.ranks().rank == 0:
-        found = make_plan(job, ranks=ranks, hardware=job.hardware, may_measure=True)
-        print(found.text(), end="")
+    print(make_plan(job, ranks=ranks, hardware=job.hardware, may_measure=True).text(), end="")
+    if job.schedule:
+        print()
+        wanted, machine = settle(
+            job.model,
+            job.train,
+            job.engine,
+            job.checkpoint,
+            ranks=ranks,
+            hardware=job.hardware,
+            folders=hardware_folders(),
+        )
+        found = foresee(wanted, machine, job.engine.policy)
+        if found.num_shown < found.micro_batches:
+            print(f"{found.num_shown} of {found.micro_batches:,} micro-batches, which are alike:\n")
+        show_schedule(job, found.trace, found.terms)
+
+
+def _traced(run: Path) -> tuple[Trace, Terms]:
+    """The newest traced step of a run, and what it was scheduled with."""
+    names = ("trace.json", "terms.json")
+    if missing := [name for name in names if not (run / name).is_file()]:
+        rule = f"has no {missing[0]}, which a run leaves at its end or stop if its pages moved"
+        raise RecipeError(line("trace", run, rule, "name the folder of such a run"))
+    return Trace.load(run / names[0]), Terms.load(run / names[1])
+
+
+def show_schedule(job: PlanJob, trace: Trace, terms: Terms) -> None:
+    """Print the schedule, what the other policy would come to, and where the drawing is."""
+    if job.frames is not None:
+        terms = terms.with_frames(job.frames)
+    chosen = terms.schedule(trace)
+    print(chosen.text())
+    for policy in PolicyKind:
+        if policy is not terms.policy:
+            print(f"\nbeside it: {terms.with_policy(policy).schedule(trace).headline()}")
+    try:
+        chosen.svg(Path(job.out))
+    except OSError as error:
+        rule = f"cannot be written ({error.strerror})"
+        raise StorageError(line("out", job.out, rule, "name another file")) from error
+    print(f"drawn in {job.out}")
 
 
 def generate(job: GenerateJob) -> None:

@@ -16,8 +16,6 @@ from __future__ import annotations
 import json
 import os
 import statistics
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -34,8 +32,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from ptm.common import env
-from ptm.common.errors import PtmError, line
+from ptm.bench.runs import steps_done, train_run
 from ptm.jobs import BenchJob
 from ptm.model.config import num_parameters
 from ptm.recipe import load_recipe
@@ -78,7 +75,7 @@ def run(bench: BenchJob) -> None:
         with ThreadPoolExecutor(jobs) as pool:
             futures = [pool.submit(_train, bench, arm, seed) for arm, seed in pairs]
             while not all(f.done() for f in futures):
-                done = sum(_steps_done(_folder(bench, arm, seed)) for arm, seed in pairs)
+                done = sum(steps_done(_folder(bench, arm, seed)) for arm, seed in pairs)
                 progress.update(bar, completed=done)
                 time.sleep(1.0)
         progress.update(bar, completed=total)
@@ -98,23 +95,8 @@ def _folder(bench: BenchJob, arm: Arm, seed: int) -> Path:
 
 def _train(bench: BenchJob, arm: Arm, seed: int) -> dict[str, Any]:
     folder = _folder(bench, arm, seed)
-    words = [
-        "recipe=router_ablation",
-        *arm.words,
-        f"train.steps={bench.steps}",
-        f"train.seed={seed}",
-        f"run.dir={folder}",
-        "log.wandb=off",
-        "log.progress=off",
-    ]
-    command = [sys.executable, "-m", "ptm", "train", *words]
-    one_thread = env.child(OMP_NUM_THREADS="1")
-    done = subprocess.run(command, capture_output=True, text=True, env=one_thread)
-    if done.returncode:
-        last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
-        rule = f"exit code {done.returncode}: {' '.join(last)}"
-        raise PtmError(line("run", folder, rule, "the same command goes on from where it stopped"))
-    steps = [json.loads(row) for row in (folder / "metrics.jsonl").read_text().splitlines()]
+    words = ["recipe=router_ablation", *arm.words, f"train.steps={bench.steps}"]
+    steps = train_run(folder, [*words, f"train.seed={seed}"])
     model = load_recipe([f"recipe={folder / 'recipe.yaml'}"]).model
     return {
         "router": arm.name,
@@ -126,11 +108,6 @@ def _train(bench: BenchJob, arm: Arm, seed: int) -> dict[str, Any]:
         "step_s": statistics.median(step["step_s"] for step in steps),
         "busiest": statistics.mean(v["max_over_mean"] for v in steps[-1]["expert_load"].values()),
     }
-
-
-def _steps_done(folder: Path) -> int:
-    path = folder / "metrics.jsonl"
-    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def summary(found: list[dict[str, Any]], bench: BenchJob) -> dict[str, Any]:
