@@ -68,10 +68,16 @@ def plan_run(
     is not known yet.
     Raises PlanError when the run does not fit, RecipeError for a bad description.
     """
-    machine = _machine(ranks, hardware, folders, engine)
-    wanted = job_of(model, train, engine, checkpoint, ranks=ranks.world, device=machine.device)
-    if hardware is None:
-        machine = with_speed(machine, wanted, may_measure=may_measure)
+    wanted, machine = settle(
+        model,
+        train,
+        engine,
+        checkpoint,
+        ranks=ranks,
+        hardware=hardware,
+        folders=folders,
+        may_measure=may_measure,
+    )
     if not price(wanted, machine).memory.fits:
         sizes = (
             (
@@ -84,13 +90,35 @@ def plan_run(
     return plan_of(wanted, machine, is_compared=True)
 
 
+def settle(
+    model: ModelConfig,
+    train: TrainSection,
+    engine: EngineConfig,
+    checkpoint: CheckpointSection,
+    *,
+    ranks: Ranks,
+    hardware: str | None = None,
+    folders: Sequence[Path] = (),
+    may_measure: bool = False,
+) -> tuple[Job, Hardware]:
+    """The job and the machine of a plan, with the machine's speed where that is known."""
+    machine = _machine(ranks, hardware, folders, engine)
+    wanted = job_of(model, train, engine, checkpoint, ranks=ranks.world, device=machine.device)
+    if hardware is None:
+        machine = with_speed(machine, wanted, may_measure=may_measure, ssd_path=_path(engine))
+    return wanted, machine
+
+
 def _machine(
     ranks: Ranks, hardware: str | None, folders: Sequence[Path], engine: EngineConfig
 ) -> Hardware:
     if hardware is not None:
         return load(hardware, folders=folders)
-    path = None if engine.ssd_path is None else Path(engine.ssd_path)
-    return detect(local_ranks=ranks.local_world, ssd_path=path)
+    return detect(local_ranks=ranks.local_world, ssd_path=_path(engine))
+
+
+def _path(engine: EngineConfig) -> Path | None:
+    return None if engine.ssd_path is None else Path(engine.ssd_path)
 
 
 def job_of(

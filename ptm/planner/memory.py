@@ -34,6 +34,8 @@ HEAP_BYTES, MOST_HEAP_BYTES = 60 * MIB, 512 * MIB
 """What malloc keeps for itself on the CPU: this and as much again as the activations, up to a
 bound, as it gives blocks above 32 MiB back at once. With it, resident memory of six runs of the
 mini and debug scales was within 8 % of the plan (2026-11)."""
+SPARE = 0.03
+"""Share of a GPU's memory that is left free of pages, for what an allocator cannot use. A guess."""
 COPIED_BYTES = 12
 """Of a parameter in a checkpoint: fp32 master and two moments."""
 
@@ -75,7 +77,8 @@ def memory(job: Job, hardware: Hardware) -> Memory:
             tiers.append(budget_tier)
         needs = [*on_host, *fixed, *copy]
     else:
-        room = _within(hardware.rank_bytes - beside, job.gpu_bytes)
+        spare = int(hardware.rank_bytes * SPARE)
+        room = _within(hardware.rank_bytes - beside - spare, job.gpu_bytes)
         host_room = hardware.host_bytes - sum(need.size_bytes for need in copy)
         placed = _placed(job, pages, gpu=room, cpu=_within(host_room, job.cpu_bytes))
         on_gpu = _pages(job, "gpu", placed.gpu, pages)

@@ -35,6 +35,8 @@ _RATES = (
 class Timed:
     """Seconds of one micro-batch of a job on this machine, forward and backward."""
 
+    tokens: int
+    "Of the micro-batch; another size is taken as proportional."
     block_forward_s: float
     block_backward_s: float
     root_forward_s: float

@@ -25,6 +25,10 @@ from ptm.planner import states
 from ptm.planner.job import Job
 from ptm.planner.speed import Speed
 
+AGAIN = {"cpu": 1.25, "cuda": 1.0}
+"""Seconds of a recomputed forward, in forwards: it is watched operator by operator for the choices
+that are kept (ptm/parallel/recompute.py). cpu: measured 2026-11, mini scale. cuda: not measured."""
+
 
 class Placed(NamedTuple):
     """Pages of one rank by where they are."""
@@ -119,7 +123,7 @@ def _average_rows(job: Job) -> float:
 
 
 def _compute_s(job: Job, speed: Speed) -> float:
-    again = 1 if job.recompute == "block" else 0
+    again = AGAIN[job.device] if job.recompute == "block" else 0
     if (timed := speed.timed) is not None:
         layers = job.model.num_hidden_layers
         block = timed.block_forward_s * (1 + again) + timed.block_backward_s

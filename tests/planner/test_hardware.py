@@ -10,7 +10,7 @@ import pytest
 
 from ptm.common.errors import RecipeError
 from ptm.common.units import GIB, MIB
-from ptm.planner.hardware import cgroup_free, detect, load
+from ptm.planner.hardware import cgroup_free, counted, detect, load
 
 SHIPPED = Path(__file__).parents[2] / "recipes" / "hardware"
 
@@ -112,3 +112,64 @@ def test_bad_description(tmp_path: Path, body: str, message: str) -> None:
 def test_unknown_machine_names_the_known() -> None:
     with pytest.raises(RecipeError, match="hardware=h1000: must be .*; known are: .*h100-8"):
         load("h1000", folders=[SHIPPED])
+
+
+@pytest.mark.parametrize(
+    "name, stem",
+    [
+        ("8xH200", "h200-8"),
+        ("16xh100", "h100-8"),
+        ("8xA100-40G", "a100-40g-8"),
+        ("8xa100-80g-8", "a100-80g-8"),
+        ("h200", "h200-8"),
+        ("laptop", "laptop"),
+        ("2xLaptop", "laptop"),
+    ],
+)
+def test_counted_names(name: str, stem: str) -> None:
+    assert load(name, folders=[SHIPPED]).name == stem
+    assert counted(name)[0] == (int(name.split("x")[0]) if name[0].isdigit() else None)
+
+
+def test_described_tiers_and_speed() -> None:
+    found = load("8xH200", folders=[SHIPPED])
+    assert found.host_bytes == pytest.approx(0.97 * 2048 * GIB / 8, rel=1e-6)
+    assert found.ssd_bytes > found.host_bytes
+    assert found.speed is not None
+    # 788 of 989 TFLOP/s were measured; projections reach 0.90 of that
+    assert found.speed.rate("bf16", "dense") == pytest.approx(0.9 * 788e12, rel=0.01)
+
+
+SPEED = """speed:
+  bf16: {dense: 1e12, experts: 1e12, attention: 1e12, head: 1e12}
+  memory: 1e10
+  link: 1e9
+  network: 1e9
+  latency: 1e-4
+  adam: 1e8
+  host: 1e9
+  host_adam: 1e8
+  ssd_read: 1e9
+  ssd_write: 1e9
+"""
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        (("  adam: 1e8\n", ""), "hardware.speed=: must have the keys .*adam"),
+        (("adam: 1e8", "adam: fast"), "hardware.speed.adam=fast: must be a number above 0"),
+        (("link: 1e9", "link: -1"), "hardware.speed.link=-1: must be a number above 0"),
+        (("link: 1e9", "link: true"), "hardware.speed.link=True: must be a number above 0"),
+        (("dense: 1e12, ", ""), "hardware.speed.bf16=.*: must have the keys dense, experts"),
+        (("  link", "  more: 1\n  link"), "hardware.speed=.*it has: .*more"),
+    ],
+)
+def test_bad_speed(tmp_path: Path, changed: tuple[str, str], message: str) -> None:
+    path = tmp_path / "box.yaml"
+    path.write_text(GOOD + SPEED)
+    speed = load(str(path)).speed
+    assert speed is not None and speed.rate("fp32", "head") == 1e12 / 16
+    path.write_text(GOOD + SPEED.replace(*changed))
+    with pytest.raises(RecipeError, match=message):
+        load(str(path))

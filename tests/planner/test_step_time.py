@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import statistics
+import time
 from dataclasses import replace
+from pathlib import Path
 
+import psutil
 import pytest
+import torch
 
 from ptm.model.config import flops_per_token
+from ptm.planner.explain import job_of
+from ptm.planner.hardware import detect
 from ptm.planner.job import Job
+from ptm.planner.price import price
+from ptm.planner.probe import with_speed
 from ptm.planner.step_time import flops, wire_of
+from ptm.recipe import load_recipe
 from tests.planner.test_memory import make, make_job, train
 from tests.planner.test_states import full
 from tests.support.mesh import mesh_of_test
@@ -57,3 +67,56 @@ def test_flops_are_the_models() -> None:
     job = full(8)
     per_token = 3 * sum(flops(job).values()) / job.micro_tokens
     assert per_token == pytest.approx(flops_per_token(job.model, job.seq_len), rel=0.04)
+
+
+RECIPES = [
+    ("m32 debug", ["recipe=m32", "model.scale=debug"], 1),
+    ("m32 mini", ["recipe=m32", "model.scale=mini"], 1),
+    ("m32 mini, recomputed", ["recipe=m32", "model.scale=mini", "train.recompute=block"], 1),
+    ("router_ablation", ["recipe=router_ablation"], 1),
+    ("m32 mini on 2 ranks", ["recipe=m32", "model.scale=mini", "engine.zero=2"], 2),
+]
+
+
+def timed_steps(rank: int, world: int, job: Job, steps: int) -> float:
+    """Median seconds of a step after the first ones, in which products are compiled."""
+    torch.set_num_threads(1)
+    engine = make(job, mesh_of_test(rank, world, job.ep))
+    seconds = []
+    for _ in range(steps):
+        started = time.perf_counter()
+        train(engine, job, job.micro_batches)
+        seconds.append(time.perf_counter() - started)
+    engine.close()
+    return statistics.median(seconds[steps // 3 :])
+
+
+def predicted(job: Job) -> float:
+    hardware = detect(local_ranks=job.ranks, device="cpu")
+    found = price(job, with_speed(hardware, job, may_measure=True)).step_s
+    assert found is not None
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, words, ranks", RECIPES, ids=[name for name, _, _ in RECIPES])
+def test_step_takes_as_long_as_planned(
+    name: str, words: list[str], ranks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within 15 %. The machine is measured before and after the steps, as others may use it too."""
+    if psutil.getloadavg()[0] > 0.7 * (psutil.cpu_count() or 1):
+        pytest.skip(f"others use this machine: a load of {psutil.getloadavg()[0]:.1f}")
+    torch.set_num_threads(1)
+    recipe = load_recipe(words)
+    sections = (recipe.model, recipe.train, recipe.engine, recipe.checkpoint)
+    job = job_of(*sections, ranks=ranks, device="cpu")
+    job = replace(job, zero=job.zero or 1)
+    planned = []
+    for when in ("before", "after"):
+        monkeypatch.setenv("PTM_CACHE", str(tmp_path / when))
+        if when == "after":
+            measured = run_ranks(ranks, timed_steps, job, 20 if "debug" in name else 9)[0]
+        planned.append(predicted(job))
+    between = sum(planned) / 2
+    print(f"{name}: planned {planned[0]:.3f} and {planned[1]:.3f} s, measured {measured:.3f} s")
+    assert between == pytest.approx(measured, rel=0.15)
