@@ -15,6 +15,7 @@ import shlex
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from ptm import run_folder
 from ptm.checkpoint.commit import preflight
@@ -88,10 +89,15 @@ def make_plan(
         recipe.checkpoint,
         ranks=ranks or env.ranks(),
         hardware=hardware,
-        folders=[path.parent / "hardware" for path in list(shipped().values())[:1]],
+        folders=hardware_folders(),
         others=_other_scales(recipe),
         may_measure=may_measure,
     )
+
+
+def hardware_folders() -> list[Path]:
+    """Where descriptions of machines are."""
+    return [path.parent / "hardware" for path in list(shipped().values())[:1]]
 
 
 def _other_scales(recipe: Recipe) -> Iterator[tuple[str, ModelConfig, TrainConfig]]:
