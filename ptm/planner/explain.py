@@ -1,13 +1,3 @@
-    wanted, machine = settle(
-        model,
-        train,
-        engine,
-        checkpoint,
-        ranks=ranks,
-        hardware=hardware,
-        folders=folders,
-        may_measure=may_measure,
-    )
 """From the sections of a recipe to a plan, or to a refusal that says why and what would fit.
 
     plan_run(recipe.model, recipe.train, recipe.engine, recipe.checkpoint, ranks=env.ranks())
@@ -98,25 +88,6 @@ def plan_run(
         )
         raise refusal(wanted, machine, others=sizes)
     return plan_of(wanted, machine, is_compared=True)
-
-
-def settle(
-    model: ModelConfig,
-    train: TrainSection,
-    engine: EngineConfig,
-    checkpoint: CheckpointSection,
-    *,
-    ranks: Ranks,
-    hardware: str | None = None,
-    folders: Sequence[Path] = (),
-    may_measure: bool = False,
-) -> tuple[Job, Hardware]:
-    """The job and the machine of a plan, with the machine's speed where that is known."""
-    machine = _machine(ranks, hardware, folders, engine)
-    wanted = job_of(model, train, engine, checkpoint, ranks=ranks.world, device=machine.device)
-    if hardware is None:
-        machine = with_speed(machine, wanted, may_measure=may_measure, ssd_path=_path(engine))
-    return wanted, machine
 
 
 def settle(
