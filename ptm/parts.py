@@ -35,6 +35,7 @@ from ptm.parallel.apply import materialize_buffers, share_experts, units_of
 from ptm.parallel.library import library_engine
 from ptm.parallel.recompute import recompute_blocks
 from ptm.recipe import Recipe, Resume
+from ptm.run_folder import last_logged_step
 from ptm.trainer.config import Precision, Recompute
 from ptm.trainer.metrics import Metrics
 from ptm.trainer.state import TrainState
@@ -141,6 +142,9 @@ def first_weights(
         initial = _initial_weights(recipe)
         for name, shape in engine.shapes().items():
             engine.fill(name, initial(name, torch.Size(shape)))
+    last = on_main(peers, lambda: last_logged_step(recipe.run_dir))
+    if last > state.step:
+        say(f"steps {state.step + 1} to {last} are trained again: nothing newer is there")
     engine.updates = state.updates
     engine.publish()
     return state

@@ -126,6 +126,17 @@ def identify(folder: Path) -> str:
     return identify(folder)
 
 
+def last_logged_step(folder: Path) -> int:
+    """The newest step that the run in `folder` has logged; 0 where there is none."""
+    tail = 1 << 20
+    with contextlib.suppress(OSError), (folder / "metrics.jsonl").open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - tail))
+        for row in reversed(file.read().split(b"\n")[:-1]):
+            with contextlib.suppress(ValueError, TypeError, KeyError):
+                return int(json.loads(row)["step"])
+    return 0
+
+
 def describe(recipe: Recipe, plan_text: str) -> None:
     """Write recipe.yaml, plan.txt and env.json. Each is replaced whole."""
     folder = recipe.run_dir

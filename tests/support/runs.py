@@ -82,12 +82,14 @@ def launch(
 
 
 TIMES = ("tokens_per_s", "mfu", "memory_bytes", "step_s", "data_s", "communication_s", "compute_s")
+TRAFFIC = ("pages", "updates", "tiers")
+"""What moved when, which depends on how fast the disk was."""
 
 
 def log(folder: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without what the clock says."""
+    """metrics.jsonl without what the clock and the disk say."""
     rows = [json.loads(row) for row in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
+    return [{k: v for k, v in row.items() if k not in (*TIMES, *TRAFFIC)} for row in rows]
 
 
 def digests(folder: Path, step: int) -> dict[str, Any]:
