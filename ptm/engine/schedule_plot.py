@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _WIDTH, _LEFT, _RIGHT = 1200, 96, 24
 _COMPUTE, _READ, _WRITE, _FRAMES, _ROW, _STRIP = 72, 122, 172, 228, 36, 150
-_HEIGHT = _FRAMES + _STRIP + 60
+_HEIGHT = _FRAMES + _STRIP + 32
 _PHASES = {"forward": "#c9d3dd", "backward": "#9fb0c0", "update": "#c3b7d9"}
 _KINDS = {"weights": "#2f6db5", "states": "#e08a1e", "grads": "#3a9a5b", "pages": "#6b7680"}
 _STALL, _WAITING, _INK = "#d23b3b", "#ececec", "#222"

@@ -147,7 +147,7 @@ def _schedule(log: RunLog) -> str:
     if not log.schedule_svg and not log.schedule.strip():
         return ""
     headline, _, table = log.schedule.strip().partition("\n")
-    picture = ""
+    summary = "the same as a table"
     if log.schedule_svg:
         data = base64.b64encode(log.schedule_svg).decode()
         picture = (
@@ -156,9 +156,10 @@ def _schedule(log: RunLog) -> str:
         )
     else:
         picture = '<div class="empty">schedule.svg is missing or too large to show.</div>'
+        summary = headline
     return (
         "<h2>Page schedule <small>one step of rank 0, as planned from a traced one</small></h2>\n"
         f'<div class="card picture">{picture}</div>\n'
-        f"<details><summary>{escape(headline) or 'as a table'}</summary>"
-        f'<div class="card"><pre>{escape(table.strip())}</pre></div></details>\n'
+        f"<details><summary>{escape(summary)}</summary>"
+        f'<div class="card"><pre>{escape(table.strip() or headline)}</pre></div></details>\n'
     )

@@ -118,7 +118,8 @@ def test_report_of_a_run_with_pages(tmp_path: Path) -> None:
         "in steps 11 to 30",
         "gather 9 3.00 MiB 2.00 MiB 1.500 1.50 s",
         "all 18 6.00 MiB 4.00 MiB 1.500 3.00 s",
-        "27 pages in 12 frames",
+        "the same as a table",
+        "phase  unit",
     ):
         assert wanted in text
     pictures = [a["src"] or "" for tag, a in page.tags if tag == "img" and "src" in a]

@@ -1,6 +1,7 @@
 """The loop with a toy model behind its seams: one decision on all ranks."""
 
 import functools
+import json
 import os
 import signal
 from collections.abc import Callable, Sequence
@@ -137,7 +138,15 @@ def whole_run(rank: int, world: int, folder: str) -> Any:
 def test_a_run_saves_when_due_and_at_its_end(tmp_path: Path) -> None:
     for how, steps, skipped, saved, _ in run_ranks(2, whole_run, str(tmp_path)):
         assert (how, steps, skipped, saved) == ("done", 6, 0, [4, 6])
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 6
+    steps = [json.loads(t) for t in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert len(steps) == 6 and all(record["sent_bytes"]["all_reduce"] for record in steps)
+    (ledger,) = _ledgers(tmp_path)
+    assert ledger["step"] == 6 and ledger["collectives"]["all_reduce"]["calls"] >= 6
+
+
+def _ledgers(folder: Path) -> list[dict[str, Any]]:
+    events = [json.loads(text) for text in (folder / "events.jsonl").read_text().splitlines()]
+    return [event for event in events if event["kind"] == "ledger"]
 
 
 def nan_on_rank_1(rank: int, world: int, folder: str, bad_steps: list[int]) -> Any:
@@ -161,6 +170,7 @@ def test_too_many_skips_in_a_row_stop_all_ranks_and_name_the_layer(tmp_path: Pat
         assert how.startswith("DivergedError train.max_skipped=2: 3 steps in a row")
         assert "step 5" in how and "inner.weight" in how
         assert (steps, skipped, saved[-1]) == (5, 3, 5)
+    assert [ledger["step"] for ledger in _ledgers(tmp_path)] == [5]
 
 
 def signal_on_rank_1(rank: int, world: int, folder: str, number: int) -> Any:
