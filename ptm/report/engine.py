@@ -54,10 +54,13 @@ def charts(log: RunLog) -> list[str]:
 
 def memory_chart(log: RunLog) -> str:
     """Memory of rank 0, by tier where pages are on more than one."""
-    tiers = [("tiers.cpu_bytes", "pages and frames"), ("tiers.ssd_bytes", "page file")]
     curves: list[Curve] = [("memory_bytes", "process")]
-    if _is_any(log, "tiers.ssd_bytes"):
-        curves += tiers
+    if _is_any(log, "tiers.ssd_bytes") or _is_any(log, "tiers.gpu_bytes"):
+        curves += [
+            ("tiers.gpu_bytes", "pages on the GPU"),
+            ("tiers.cpu_bytes", "pages and frames"),
+            ("tiers.ssd_bytes", "page file"),
+        ]
     found = _scaled(log, curves)
     title = "Memory of rank 0" + (", by tier" if len(found.curves) > 1 else "")
     return line_chart(title, found.curves, found.write, from_zero=True)

@@ -46,7 +46,10 @@ GROUPS = {
     "commits": ("waited_s",),
 }
 """Objects of a line, and what of them becomes the curve "object.key": zero where it is not said."""
-LEVELS = {"tiers": ("cpu_bytes", "ssd_bytes"), "updates": ("late_steps_mean", "late_steps_most")}
+LEVELS = {
+    "tiers": ("gpu_bytes", "cpu_bytes", "ssd_bytes"),
+    "updates": ("late_steps_mean", "late_steps_most"),
+}
 """The same, unknown where it is not said."""
 SENT = ("gather", "scatter_sum", "all_to_all", "others")
 """Curves "sent_bytes.name"; the last is the sum of all other collectives."""
