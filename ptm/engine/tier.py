@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import mmap
 import os
+import shutil
 import threading
 import time
 from collections import deque
@@ -296,19 +298,30 @@ class Probe(NamedTuple):
     write_bytes_per_s: float
 
 
+ASSUMED = Probe(1e9, 1e9)
+"""For a disk without room for a probe: rates decide when pages move, not whether or what."""
+
+
 def probe(
     path: str | Path, page_bytes: int, seconds: float, *, num_threads: int = IO_THREADS
 ) -> Probe:
     """Rates of the disk under folder `path` for requests of a page each, as a page file makes them.
 
-    Takes about `seconds`, half for each direction, 64 pages of the disk and half as many of memory
+    Takes about `seconds`, half for each direction, 64 pages of the disk (fewer where it is nearly
+    full) and half as many of memory
     (as in a run, more than caches hold); writes end with a sync. Raises StorageError.
     """
-    num_pages = 64
+    with disk_errors(Path(path), "read"):
+        free = shutil.disk_usage(path).free
+    # Beside a page file that takes nearly all of a disk, less must do.
+    num_pages = next((n for n in (64, 16, 4) if 4 * n * page_bytes < free), 0)
+    if not num_pages:
+        return ASSUMED
     name = Path(path) / f"probe-{os.getpid()}-{time.monotonic_ns()}"
     frames = Frames(num_pages // 2, page_bytes, pin=False)
     with disk_errors(name, "written"):
         file = File(name, direct=True)
+        name.unlink()  # a kill from here on leaves nothing
         try:
             file.allocate(num_pages * page_bytes)
             for page in range(num_pages):  # so that no block is new to the file system
@@ -318,9 +331,12 @@ def probe(
             for move, finish in ((file.read, None), (file.write, file.sync)):
                 rates.append(_rate(move, finish, frames, num_threads, seconds / 2))
             return Probe(*rates)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            return ASSUMED  # somebody else has taken the room meanwhile
         finally:
             file.close()
-            name.unlink()
 
 
 def _rate(
