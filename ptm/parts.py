@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,11 @@ def build_model(
     share_experts(model, mesh, recipe.engine.chunks)
     if recipe.train.recompute is Recompute.block:
         recompute_blocks(model.model.layers)
-    zero = plan.zero
+    # Ranks plan by the memory that each of them sees: the first one's word holds for all.
+    zero, tiers = on_main(peers, lambda: [plan.zero, plan.tier_bytes])
+    budgets = recipe.engine
+    if budgets.ssd_path is not None and budgets.cpu_bytes is None:
+        budgets = replace(budgets, cpu_bytes=f"{tiers['cpu']}B")
     engine = PagedEngine(
         model,
         units,
@@ -92,13 +97,14 @@ def build_model(
         clip=recipe.train.clip,
         num_exact=recipe.train.warmup_steps,
         open_tiers=TierOpener(
-            recipe.engine,
+            budgets,
             mesh,
             peers,
             zero=zero,
             run_id=run_id,
             newest_checkpoint=functools.partial(_newest_step, recipe, peers),
             say=say,
+            gpu_bytes=tiers.get("gpu", 0),
         ),
     )
     return model, engine
@@ -144,7 +150,9 @@ def first_weights(
             engine.fill(name, initial(name, torch.Size(shape)))
     last = on_main(peers, lambda: last_logged_step(recipe.run_dir))
     if last > state.step:
-        say(f"steps {state.step + 1} to {last} are trained again: nothing newer is there")
+        first = state.step + 1
+        which = f"step {last} is" if first == last else f"steps {first} to {last} are"
+        say(f"{which} trained again: nothing newer is there")
     engine.updates = state.updates
     engine.publish()
     return state

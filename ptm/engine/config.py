@@ -45,7 +45,8 @@ class EngineConfig:
     cpu_bytes: str | None = None
     "Memory of the host for states of one rank, like 2GiB; none takes what the states need."
     gpu_bytes: str | None = None
-    "Memory of the accelerator for states of one rank; none takes what is left beside activations."
+    """Memory of the accelerator for pages of one rank, beside gathered weights and gradients; none
+    takes what the plan leaves beside activations, which no run on a device has confirmed."""
     ssd_path: str | None = None
     "Folder on a disk for pages beyond memory, which are the checkpoint of every step too."
     ssd_bytes: str | None = None
@@ -59,9 +60,6 @@ class EngineConfig:
     "Format of moments: fp32, or int8 by blocks: 6 bytes a parameter instead of 12."
     journal_every: int = ranged(1, least=1, most=1_000_000)
     "Steps between two commits of the ssd tier: what a kill can cost at most."
-    bucket_mib: int = ranged(32, least=1, most=65_536)
-    """Parameters are exchanged in groups of about this size (MiB of fp32 gradients); a larger one
-    travels alone."""
     timeout_s: int = ranged(600, least=5, most=86_400)
     "How long a rank waits for its peers before it says which one is missing and leaves."
 

@@ -23,7 +23,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -192,20 +191,3 @@ def all_reduce_sum(values: Tensor, group: dist.ProcessGroup, ledger: Ledger) -> 
         with ledger.waiting("all_reduce"):
             dist.all_reduce(values, group=group)
     return values
-
-
-# For the engine that goes when the paged one is whole.
-def reduce_scatter_sum(pieces_NS: Tensor, group: dist.ProcessGroup, ledger: Ledger) -> Tensor:
-    world, size = pieces_NS.shape
-    total = torch.zeros(size, dtype=pieces_NS.dtype, device=pieces_NS.device)
-    cuts = [i * size for i in range(world + 1)]
-    scatter_sum(pieces_NS.view(-1), cuts, group, ledger, name="reduce_scatter").add_to(total)
-    return total
-
-
-def all_gather(shard_S: Tensor, group: dist.ProcessGroup, ledger: Ledger) -> Tensor:
-    world, size = group.size(), shard_S.numel()
-    full = shard_S.new_empty(world * size)
-    full[group.rank() * size : (group.rank() + 1) * size] = shard_S
-    gather(full, [i * size for i in range(world + 1)], group, ledger, name="all_gather").wait()
-    return full.view(world, size)

@@ -42,8 +42,6 @@ class Job:
     has_ssd: bool = False
     journal_every: int = 1
     """Steps between two commits of the ssd tier."""
-    bucket_bytes: int = 32 * MIB
-    """Of the engine that goes when the paged one is whole."""
 
     @property
     def compute_bytes(self) -> int:

@@ -88,7 +88,11 @@ def gathered(job: Job) -> int:
 def summed(job: Job) -> int:
     """Bytes of gradients on their way."""
     return budget.summed_bytes(
-        layout(job), zero=job.zero, compute_bytes=job.compute_bytes, world=job.ranks
+        layout(job),
+        zero=job.zero,
+        compute_bytes=job.compute_bytes,
+        world=job.ranks,
+        has_device=job.device == "cuda",
     )
 
 
