@@ -107,6 +107,10 @@ class Recipe:
         if self.checkpoint.interval == 0 and self.engine.ssd_path is None:
             rule = "must be 1 or more without an engine.ssd_path, or a kill loses the run"
             raise RecipeError(line("checkpoint.interval", 0, rule, "give 100"))
+        if self.checkpoint.interval == 0 and self.engine.journal_every > 1:
+            rule = f"needs engine.journal_every=1 and not {self.engine.journal_every}"
+            remedy = "give 100, or a stop between two commits would lose steps"
+            raise RecipeError(line("checkpoint.interval", 0, rule, remedy))
         if t.warmup_steps > t.steps:
             rule = f"must be at most train.steps={t.steps}"
             remedy = f"set train.warmup_steps={t.steps // 10}"

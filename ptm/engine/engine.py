@@ -36,7 +36,7 @@ from ptm.engine.grads import Grads
 from ptm.engine.hooks import Hooks
 from ptm.engine.layout import Format, Layout, Named, PageMap, Slot, make_layout
 from ptm.engine.open_file import forget_other_layouts
-from ptm.engine.open_store import Tiers, fingerprint
+from ptm.engine.open_store import Tiers, describer, fingerprint
 from ptm.engine.reshard import read_into
 from ptm.engine.state import StateRows, stored_shape
 from ptm.engine.states import PagedStates, PageRows
@@ -174,6 +174,7 @@ class PagedEngine:
                 dtype=self._dtype,
                 kinds=STATES,
                 fingerprint=fingerprint,
+                describer=describer,
             )
 
     def backward(self, loss: Tensor, *, is_last: bool, tokens: Tensor, lr: float) -> None:

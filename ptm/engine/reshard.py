@@ -12,7 +12,7 @@ ranks must be on a disk that this machine sees.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ptm.common.errors import CheckpointError, line
 from ptm.engine.commit import PageReader
-from ptm.engine.layout import Named, PageMap, make_layout
+from ptm.engine.layout import Layout, Named, PageMap, make_layout
 from ptm.engine.open_file import folders_of, newest_of_layout
 from ptm.engine.state import StateRows
 from ptm.engine.states import PagedStates, PageRows
@@ -59,7 +59,8 @@ def read_into(
     pages: PageMap,
     dtype: torch.dtype,
     kinds: Mapping[str, str],
-    fingerprint: Any,
+    fingerprint: Callable[[PageMap, Layout], str],
+    describer: Callable[[PageMap, Layout], Callable[[int], str]],
 ) -> None:
     """Fill `state` from the pages of a found step. kinds: prefix of a name -> what it is.
 
@@ -73,6 +74,7 @@ def read_into(
             rule = "holds pages of another model, precision or engine.moments"
             remedy = "start with the recipe of that run, or name another engine.ssd_path"
             raise CheckpointError(line("engine.ssd_path", reader.path, rule, remedy))
+        reader.describe = describer(old, layout)
         states = PagedStates(ReadStore(reader), old, dtype)
         for group, slot in layout.slots():
             for prefix, what in kinds.items():

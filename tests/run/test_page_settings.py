@@ -302,3 +302,47 @@ def test_a_second_run_on_the_same_pages_is_refused(one: Copy, tmp_path: Path) ->
     finally:
         first.kill()
         first.wait()
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "match"),
+    [
+        ({"engine.ssd_bytes": "1MiB"}, 3, r"needs .* per rank \(engine.ssd_bytes\), 1.00 MiB are"),
+        ({"engine.cpu_bytes": "3MiB"}, 3, r"needs .* per rank \(engine.cpu_bytes\), 3.00 MiB are"),
+        ({"engine.cpu_bytes": "12"}, 3, r"needs .* per rank \(engine.cpu_bytes\), 12 B are there"),
+        ({"engine.cpu_bytes": "-1GiB"}, 2, "engine.cpu_bytes=-1GiB: must be a size in bytes"),
+        ({"engine.cpu_bytes": "abc"}, 2, "write it like 80GiB or 512MiB"),
+        ({"engine.gpu_bytes": "1GiB"}, 2, "engine.gpu_bytes=1GiB: there is no accelerator here"),
+        ({"engine.ssd_path": "/dev/shm/ptm"}, 74, r"is memory \(tmpfs\), not a disk"),
+        ({"engine.ssd_path": __file__}, 74, "is a file; name a folder"),
+        ({"engine.ssd_path": "null", "engine.ssd_bytes": "1GiB"}, 2, "needs engine.ssd_path"),
+        ({"engine.ep": 2}, 2, "engine.ep=2: must divide 1 ranks and 8 experts"),
+        ({"engine.zero": 4}, 2, "engine.zero=4: must be >= 0 and <= 3"),
+        ({"engine.journal_every": 0}, 2, "engine.journal_every=0: must be >= 1"),
+        ({"engine.journal_every": 5, "checkpoint.interval": 0}, 2, "needs engine.journal_every=1"),
+        ({"engine.update": "bouned"}, 2, "did you mean bounded?"),
+        ({"engine.policy": "lur"}, 2, "did you mean lru?"),
+        ({"engine.page_mib": 3}, 2, "must be a power of two"),
+        ({"engine.ssd_pth": "/x"}, 2, "did you mean engine.ssd_path?"),
+        ({"resume": "must"}, 4, "has no checkpoint and resume=must"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_settings_that_cannot_be(
+    changes: dict[str, Any],
+    code: int,
+    match: str,
+    text: Path,
+    cache: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One line, and a table where something does not fit; no folder that was not there."""
+    monkeypatch.setenv("PTM_CACHE", str(cache))
+    keys = KEYS | {"engine.cpu_bytes": "27MiB", "engine.ssd_path": tmp_path / "ssd"} | changes
+    assert run_here(["train", *runs.words(tmp_path / "run", text, **keys)]) == code
+    said = [x for x in lines(capfd.readouterr().err) if not x.startswith(("data:", "tokenizing"))]
+    assert re.search(match, said[0]), said
+    assert any("page file" in row for row in said) if code == 3 else len(said) == 1, said
+    assert not (tmp_path / "run").exists() and not (tmp_path / "ssd").exists()
