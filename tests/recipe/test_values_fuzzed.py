@@ -50,7 +50,8 @@ def check(key: str, text: str, recipe: Recipe, *, in_file: bool = False) -> None
     args = typing.get_args(setting.type)
     kinds = [k for k in args if k is not type(None)] if type(None) in args else [setting.type]
     if value is None:
-        assert type(None) in args and text in ("null", "Null", "NULL", "none", "None", "~", ""), text
+        nulls = ("null", "Null", "NULL", "none", "None", "~", "")
+        assert type(None) in args and text in nulls, text
         return
     if isinstance(value, tuple):
         assert typing.get_origin(setting.type) is tuple
