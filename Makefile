@@ -10,7 +10,7 @@ BIN    := $(VENV)/bin
 export DS_BUILD_OPS = 0
 export DS_ACCELERATOR = cpu
 
-.PHONY: train test test-slow lint bench plan clean
+.PHONY: train test test-slow test-gpu lint bench bench-gpu plan clean
 
 train: $(READY)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/torchrun --nproc-per-node $(RANKS) launch/train.py recipe=m32 $(ARGS)
@@ -21,6 +21,10 @@ test: $(READY)
 test-slow: $(READY)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/pytest -m slow --timeout 1200 $(ARGS)
 
+# With a torch for CUDA in .venv; without a device the tests skip themselves.
+test-gpu: $(READY)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/pytest -m "gpu or multi_gpu" $(ARGS)
+
 lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright --pythonpath $(BIN)/python
 
@@ -29,6 +33,10 @@ plan: $(READY)
 
 bench: $(READY)
 	$(BIN)/ptm bench router $(ARGS)
+
+# States on the device, in memory, and in memory and on a disk, in turns.
+bench-gpu: $(READY)
+	$(BIN)/ptm bench tiers $(ARGS)
 
 # torch comes first and pinned: a bare `torch` pulls gigabytes of CUDA on a machine that has none.
 $(READY): pyproject.toml constraints.txt

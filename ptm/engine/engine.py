@@ -119,7 +119,14 @@ class PagedEngine:
         self.pages = PageMap(self.layout.numel, config.page_bytes, format_of(dtype, config.moments))
         self.tiers = open_tiers(self.pages, self.layout, dtype.itemsize)
         self.store = self.tiers.store
-        self.states = PagedStates(self.store, self.pages, dtype)
+        self.states = PagedStates(
+            self.store,
+            self.pages,
+            dtype,
+            streams=self.tiers.streams,
+            resident=self.tiers.resident,
+            most_reading=self.tiers.most_reading,
+        )
         gathered = [
             Gathered(
                 unit=unit,
@@ -306,8 +313,9 @@ class PagedEngine:
         if (budget := self.tiers.budget) is None:
             return {}
         used = pages.get("pages_frames_used", 0.0) * budget.page_bytes
-        used += budget.gathered_bytes + budget.summed_bytes
-        return {"tier_cpu_bytes": used, "tier_ssd_bytes": float(budget.ssd_bytes)}
+        used += budget.beside_bytes
+        on_gpu = {"tier_gpu_bytes": float(budget.gpu_bytes)} if budget.has_device else {}
+        return on_gpu | {"tier_cpu_bytes": used, "tier_ssd_bytes": float(budget.ssd_bytes)}
 
     def leave(self, folder: Path) -> None:
         """Where pages moved by a schedule: schedule.txt, schedule.svg and what they are from."""
@@ -319,6 +327,7 @@ class PagedEngine:
         if not is_failing:
             self.drain()
         self.updater.close()
+        self.states.settle(0)
         if self.tiers.journal_every and not is_failing:
             self.store.wait_commit()
             # A rank that left now could cut off the last word of a peer's commit.

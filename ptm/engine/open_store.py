@@ -19,18 +19,21 @@ from pathlib import Path
 from typing import Any
 
 from ptm.common.errors import CheckpointError, RecipeError, line
+from ptm.common.units import parse_bytes
 from ptm.engine import reshard
 from ptm.engine.budget import Budget, make_budget
 from ptm.engine.config import EngineConfig
+from ptm.engine.device import TieredStore
 from ptm.engine.disk import path_line
 from ptm.engine.eviction import POLICIES
-from ptm.engine.layout import Layout, PageMap
+from ptm.engine.layout import Layout, PageMap, Resident
 from ptm.engine.open_file import folder_name, lost_layouts, open_file
 from ptm.engine.paging import Paging
 from ptm.engine.record import Identity
 from ptm.engine.reshard import Found
 from ptm.engine.states import Store
 from ptm.engine.store import PageStore
+from ptm.engine.stream import HOST, Streams, streams_of
 from ptm.engine.tier import SsdTier, probe
 from ptm.mesh.mesh import Mesh
 from ptm.mesh.peers import Peers
@@ -55,6 +58,19 @@ class Tiers:
     "A newer committed step of this run, in page files of another layout."
     folder: Path | None = None
     "Where this layout's page files of the run are."
+    streams: Streams = HOST
+
+    @property
+    def resident(self) -> Resident:
+        return self.budget.resident if self.budget is not None else Resident()
+
+    @property
+    def most_reading(self) -> int:
+        """Pages of the host that copies to the device may hold: of those that have to leave for
+        others a few, else any."""
+        if self.budget is None:
+            return 1
+        return max(1, self.budget.num_frames // (4 if self.budget.is_paged else 1))
 
 
 class TierOpener:
@@ -73,16 +89,25 @@ class TierOpener:
         run_id: str,
         newest_checkpoint: Callable[[], int | None] = lambda: None,
         say: Callable[[str], None] = lambda text: None,
+        gpu_bytes: int = 0,
+        streams: Streams | None = None,
     ) -> None:
         """newest_checkpoint: the step of the newest good checkpoint of this run, for page files
-        that cannot be used; called on all ranks together. say: tells people, a line at a time."""
+        that cannot be used; called on all ranks together. say: tells people, a line at a time.
+        gpu_bytes: device memory for pages where engine.gpu_bytes names none: the plan's number,
+        which rests on activations that were not measured on a device. streams: none are those of
+        the mesh's device."""
         self.config, self.mesh, self.peers = config, mesh, peers
         self.zero, self.run_id = zero, run_id
         self.newest_checkpoint, self.say = newest_checkpoint, say
+        self.gpu_bytes, self.streams = gpu_bytes, streams or streams_of(mesh.device)
 
     def __call__(self, pages: PageMap, layout: Layout, compute_bytes: int) -> Tiers:
         config = self.config
-        if config.gpu_bytes is not None and self.mesh.device.type != "cuda":
+        streams, on_gpu = self.streams, self.gpu_bytes
+        if config.gpu_bytes is not None:
+            on_gpu = parse_bytes(config.gpu_bytes, key="engine.gpu_bytes")
+        if config.gpu_bytes is not None and not streams.has_device:
             rule = f"there is no accelerator here, the run is on the {self.mesh.device.type}"
             remedy = "leave it out; engine.cpu_bytes is the memory of the host"
             raise RecipeError(line("engine.gpu_bytes", config.gpu_bytes, rule, remedy))
@@ -93,6 +118,7 @@ class TierOpener:
             zero=self.zero,
             compute_bytes=compute_bytes,
             world=self.mesh.world,
+            gpu_bytes=on_gpu if streams.has_device else None,
         )
         describe = describer(pages, layout)
         ssd, step, notes = None, None, []
@@ -107,7 +133,7 @@ class TierOpener:
         with ExitStack() as stack:
             if ssd is not None:
                 stack.callback(ssd.close)
-            store = PageStore(
+            host = PageStore(
                 num_pages=pages.num_pages,
                 page_bytes=pages.page_bytes,
                 num_frames=budget.num_frames,
@@ -117,18 +143,24 @@ class TierOpener:
                 pin=self.mesh.device.type == "cuda",
                 describe=describe,
                 agree=self.mesh.agreement(config.timeout_s) if ssd is not None else None,
+                num_elsewhere=sum(budget.resident),
             )
-            if ssd is None:
-                return Tiers(store, budget=budget)
             stack.pop_all()
-            stack.callback(store.close)
-            tiers = self._with_disk(store, ssd, step, notes, budget, pages)
+            stack.callback(host.close)
+            store = host
+            if any(budget.resident):
+                store = TieredStore(host, pages, budget.resident, streams)
+            if ssd is None:
+                tiers = Tiers(store, budget=budget, streams=streams)
+            else:
+                tiers = self._with_disk(store, host, ssd, step, notes, budget, pages)
             stack.pop_all()
             return tiers
 
     def _with_disk(
         self,
-        store: PageStore,
+        store: PageStore | TieredStore,
+        host: PageStore,
         ssd: SsdTier,
         step: int | None,
         notes: list[str],
@@ -137,14 +169,14 @@ class TierOpener:
     ) -> Tiers:
         config, restored, paging = self.config, None, None
         if step is not None:
-            restored = next((s, meta) for s, meta in store.records() if s == step)
-            store.restore(step)
-        if budget.num_frames < pages.num_pages:
+            restored = next((s, meta) for s, meta in host.records() if s == step)
+            self.peers.together(lambda: store.restore(step))
+        if any(self.peers.together(lambda: budget.is_paged)):
             folder = ssd.path.parent
             rates = self.peers.together(lambda: list(probe(folder, pages.page_bytes, PROBE_S)))
             read_rate, write_rate = rates[self.peers.rank]
             paging = Paging(
-                store,
+                host,
                 pages,
                 num_frames=budget.num_frames,
                 policy=config.policy,
@@ -155,7 +187,14 @@ class TierOpener:
         for note in [*notes, *([ssd.note] if ssd.note else [])]:
             self.say(note)
         return Tiers(
-            store, paging, restored, config.journal_every, budget, elsewhere, ssd.path.parent
+            store,
+            paging,
+            restored,
+            config.journal_every,
+            budget,
+            elsewhere,
+            ssd.path.parent,
+            self.streams,
         )
 
     def _elsewhere(self, identity: Identity, step: int, notes: list[str]) -> Found | None:

@@ -14,6 +14,7 @@ file is a checkpoint commit.py.
 
 from __future__ import annotations
 
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -26,6 +27,7 @@ from ptm.common.units import format_bytes
 from ptm.engine.commit import Committer, Slots
 from ptm.engine.follow import Follower, Order, Schedule
 from ptm.engine.pager import FETCHING, READY, Pager
+from ptm.engine.record import NO_SLOT
 from ptm.engine.tier import Frames, SsdTier
 
 
@@ -57,10 +59,12 @@ class PageStore:
         pin: bool,
         describe: Callable[[int], str] | None = None,
         agree: Callable[[int], None] | None = None,
+        num_elsewhere: int = 0,
     ) -> None:
+        """num_elsewhere: pages that are never held here; `put` and `get` are for them."""
         assert page_bytes % 4096 == 0 and durable.step == 1, f"{page_bytes=} {durable=}"
-        num_frames = min(num_frames, num_pages)
-        _check_budget(num_pages, num_frames, page_bytes, ssd)
+        num_frames = min(num_frames, num_pages - num_elsewhere)
+        _check_budget(num_pages - num_elsewhere, num_frames, page_bytes, ssd)
         self.num_pages, self.page_bytes, self.durable = num_pages, page_bytes, durable
         self._ssd, self._policy = ssd, policy
         self._frames = Frames(num_frames, page_bytes, pin=pin)
@@ -248,6 +252,49 @@ class PageStore:
             self._slots.restore(record)
             self._committer.last_step = step
             self._must_restore = False
+
+    @property
+    def has_disk(self) -> bool:
+        return self._ssd is not None
+
+    def put(self, page: int, data: memoryview) -> None:
+        """Write a durable page that is held elsewhere to the page file, for the next commit; not
+        while one is in progress. Raises StorageError."""
+        slot = self._slots.target(page)
+        assert self._ssd is not None and slot is not None, f"page {page} has no slot to go to"
+        digest = self._ssd.write(page, slot, data)
+        with self._lock:
+            self._slots.wrote(page, slot, digest, in_commit=False)
+
+    def get(self, page: int, into: memoryview) -> None:
+        """Read what was `put` last, zeros if nothing was. Raises StorageError, CheckpointError."""
+        slot = self._slots.now[page]
+        if slot == NO_SLOT:
+            into[:] = bytes(len(into))
+        else:
+            assert self._ssd is not None
+            self._ssd.read(page, slot, into, self._slots.sums[page])
+
+    def at_once(
+        self, move: Callable[[int, memoryview], None], items: Sequence[tuple[int, memoryview]]
+    ) -> None:
+        """`put` or `get` for several pages, in the disk's threads. Raises what the first raised."""
+        assert self._ssd is not None, "pages are moved without a disk"
+        ends: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+
+        def run(page: int, data: memoryview) -> None:
+            try:
+                move(page, data)
+            except BaseException as error:  # raised below, in the thread that asked
+                ends.put(error)
+            else:
+                ends.put(None)
+
+        for item in items:
+            self._ssd.threads.submit(run, *item)
+        for error in [ends.get() for _ in items]:
+            if error is not None:
+                raise error
 
     def report(self) -> dict[str, float]:
         """Counts, bytes and seconds since the store was made. Seconds of reads and writes are

@@ -56,8 +56,8 @@ class Frames:
             with contextlib.suppress(OSError):  # only speed: fewer faults, longer requests
                 arena.madvise(mmap.MADV_HUGEPAGE)
         self.arena = torch.frombuffer(arena, dtype=torch.uint8)[:num_bytes]
-        self.is_pinned = pin
-        if pin:
+        self.is_pinned = pin and num_frames > 0
+        if self.is_pinned:
             cuda = torch.cuda.cudart() if torch.cuda.is_available() else None
             assert cuda is not None, "page-locked frames need CUDA"
             code = cuda.cudaHostRegister(self.arena.data_ptr(), num_bytes, 0)

@@ -12,6 +12,7 @@ from ptm.engine.config import EngineConfig
 from ptm.engine.engine import PagedEngine
 from ptm.engine.layout import Layout, PageMap
 from ptm.engine.open_store import TierOpener, Tiers
+from ptm.engine.stream import Streams
 from ptm.mesh.mesh import Mesh
 from ptm.mesh.peers import Peers
 from ptm.model.config import ModelConfig
@@ -105,8 +106,9 @@ def make_engine(
     open_tiers: Any = in_memory,
     clip: float = 1.0,
     num_exact: int = 0,
+    streams: Streams | None = None,
 ) -> PagedEngine:
-    """An engine with the weights of seed 1."""
+    """An engine with the weights of seed 1. streams: of a device, or of what stands in for one."""
     transformer = Transformer(model, dtype=dtype, device="meta")
     units = units_of(transformer)
     materialize_buffers(transformer, mesh.device)
@@ -114,9 +116,9 @@ def make_engine(
     share_experts(transformer, mesh, config.chunks)
     if recompute:
         recompute_blocks(transformer.model.layers)
-    if config.cpu_bytes or config.ssd_path:
+    if config.cpu_bytes or config.gpu_bytes or config.ssd_path or streams:
         peers = Peers(mesh.background)
-        open_tiers = TierOpener(config, mesh, peers, zero=zero, run_id="test")
+        open_tiers = TierOpener(config, mesh, peers, zero=zero, run_id="test", streams=streams)
     engine = PagedEngine(
         transformer,
         units,
@@ -150,7 +152,8 @@ def backward(
     for i in range(micro_batches):
         first = mesh.rank * per_rank + i * per_batch
         last = min(first + per_batch, (mesh.rank + 1) * per_rank)
-        loss = engine.model.loss(batch(step, slice(first, max(first, last))))
+        rows = batch(step, slice(first, max(first, last)))
+        loss = engine.model.loss(Batch(*(tensor.to(mesh.device) for tensor in rows)))
         nll, tokens = nll + loss.nll_sum.detach(), tokens + loss.tokens
         engine.backward(loss.total, is_last=i == micro_batches - 1, tokens=tokens, lr=lr)
     return nll, tokens
