@@ -1,7 +1,7 @@
 """Pages in device memory: any prefix of any size changes no bit, and nobody uses a copy too early.
 
 The device is memory of the host under streams that are as late as their events allow
-(tests/support/streams.py). Tests marked `gpu` run the same on CUDA.
+(tests/support/streams.py). Tests marked `gpu` run the same on CUDA; they have not met a device yet.
 """
 
 import hashlib
@@ -224,7 +224,8 @@ def test_device_memory_is_refused_where_there_is_no_device():
 
 
 def _cuda_mesh(rank, world, folder):
-    os.environ["NCCL_P2P_LEVEL"] = os.environ.get("NCCL_P2P_LEVEL", "SYS")
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    torch.use_deterministic_algorithms(True, warn_only=True)
     torch.cuda.set_device(rank)
     init = f"file://{folder}/cuda-rendezvous"
     dist.init_process_group("cpu:gloo,cuda:nccl", init_method=init, rank=rank, world_size=world)
