@@ -130,9 +130,11 @@ def torch_adamw(clip: float) -> dict:
     }
 
 
+CASES = [(1, 8, 1), (1, 3, 2), (2, 4, 1), (2, 1, 1), (2, 1, 2), (3, 2, 1), (3, 2, 2), (4, 2, 2)]
+
+
 @pytest.mark.parametrize("clip", [0.5, 0.0], ids=["clipped", "unclipped"])
-@pytest.mark.parametrize("zero", [1, 2])
-@pytest.mark.parametrize(("world", "micro"), [(1, 8), (1, 3), (2, 4), (2, 1), (3, 2), (4, 2)])
+@pytest.mark.parametrize(("world", "micro", "zero"), CASES)
 def test_equals_torch_adamw(world: int, micro: int, zero: int, clip: float) -> None:
     expected = torch_adamw(clip)
     for got in run_ranks(world, train, micro, clip, zero):
