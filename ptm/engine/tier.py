@@ -352,10 +352,12 @@ def _rate(
     def work(thread: int) -> None:
         page = thread
         try:
-            while time.perf_counter() - start < seconds:
+            while True:  # once at least, or a busy machine would show a rate of zero
                 move(page * frames.page_bytes, frames.views[page % frames.num_frames])
                 counts[thread] += 1
                 page = (page + num_threads) % (2 * frames.num_frames)
+                if time.perf_counter() - start >= seconds:
+                    break
         except OSError as error:
             errors.append(error)
 

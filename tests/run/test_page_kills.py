@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import threading
@@ -29,6 +30,8 @@ from tests.support.ranks import RankFailed, run_ranks
 
 pytestmark = pytest.mark.slow
 
+LAST = 150
+"""Steps that twelve kills do not come to: each waits for eight at most, or for the next save."""
 LARGER = {
     "model.hidden_size": 64,
     "model.attention_projection_size": 128,
@@ -54,14 +57,14 @@ def events(folder: Path, kind: str) -> list[dict[str, Any]]:
 
 def wait_for_instant(rng: random.Random, folder: Path, agent: subprocess.Popen[str]) -> str:
     """Until a random instant of a random kind; returns its name."""
-    num_resumed = len(events(folder, "resume"))
+    num_begun = len(events(folder, "start") + events(folder, "resume"))
     kind = rng.choice(["start", "restore", "step", "step", "save"])
     deadline = time.monotonic() + 90
     target = last_step(folder) + rng.randint(1, 8)
 
     def is_there() -> bool:
         if kind == "restore":  # said once the engine has its pages; steps come right after
-            return len(events(folder, "resume")) > num_resumed
+            return len(events(folder, "start") + events(folder, "resume")) > num_begun
         if kind == "save":
             return any((folder / "checkpoints").glob("*.tmp-*"))
         return last_step(folder) >= target
@@ -99,7 +102,7 @@ def is_alive(pid: int) -> bool:
 
 def test_twelve_kills_through_the_command_line(text: Path, cache: Path, tmp_path: Path) -> None:
     def words(name: str) -> list[str]:
-        keys = LARGER | {"train.steps": 60, "engine.ssd_path": tmp_path / f"{name}-ssd"}
+        keys = LARGER | {"train.steps": LAST, "engine.ssd_path": tmp_path / f"{name}-ssd"}
         return runs.words(tmp_path / name, text, **keys)
 
     seed = random.randrange(2**32)
@@ -123,7 +126,7 @@ def test_twelve_kills_through_the_command_line(text: Path, cache: Path, tmp_path
         resumed = events(folder, "resume")
         if len(resumed) > num_resumed:  # else it was killed before that
             assert resumed[-1]["step"] >= most - 1, (kill, kind, who, most, said[-3000:])
-            num_resumed, most = len(resumed), 0
+            num_resumed, most = len(resumed), resumed[-1]["step"]
         most = max(most, last_step(folder))
         print(f"kill {kill} of {who} in {kind}: {most} steps logged")
         assert "complete after" not in said, "no step left to kill"
@@ -132,7 +135,7 @@ def test_twelve_kills_through_the_command_line(text: Path, cache: Path, tmp_path
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert events(folder, "resume")[-1]["step"] >= most - 1
     assert runs.log(folder) == runs.log(tmp_path / "whole")
-    assert runs.digests(folder, 60) == runs.digests(tmp_path / "whole", 60)
+    assert runs.digests(folder, LAST) == runs.digests(tmp_path / "whole", LAST)
 
 
 MODEL = replace(paged.MODEL, hidden_size=64, attention_projection_size=128, num_experts=16,
@@ -208,7 +211,7 @@ def test_thirty_eight_kills_of_the_engine(tmp_path: Path) -> None:
         resumed = resumed_at(folder)
         if len(resumed) > num_resumed:
             assert resumed[-1] >= most - 1, (kill, victims, most)
-            most = 0
+            most = resumed[-1]
         rows = logged(folder)
         (folder / "log-0").unlink(missing_ok=True)
         for step, loss in rows:
@@ -236,7 +239,10 @@ def run_and_kill(rng: random.Random, folder: Path) -> str:
     said: list[str] = []
     killer = threading.Thread(target=lambda: said.append(kill_later(rng, folder)), daemon=True)
     killer.start()
-    with pytest.raises(RankFailed, match="died with exit code -9"):
+    with pytest.raises(RankFailed) as caught:
         run_ranks(2, train_until_killed, str(folder), STEPS)
+    # The other rank has lost its peer, in whatever it was doing; nothing else may go wrong.
+    errors = re.findall(r"^[\w.]*Error\b", str(caught.value), flags=re.MULTILINE)
+    assert {e.rpartition(".")[2] for e in errors} <= {"RuntimeError", "HangError"}, caught.value
     killer.join(timeout=60)
     return said[0]
