@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ptm import run_folder
-from ptm.checkpoint.commit import preflight
 from ptm.checkpoint.save import Saver
 from ptm.common import env, incident
 from ptm.common.agent import stop_with_agent
@@ -38,6 +37,7 @@ from ptm.parts import (
     first_weights,
     note_saved,
     on_main,
+    room_for_checkpoints,
     save,
     say,
     say_if,
@@ -128,9 +128,7 @@ def open_run(recipe: Recipe, plan: Plan) -> Iterator[Parts]:
         checkpoints = recipe.run_dir / "checkpoints"
         on_main(peers, lambda: run_folder.claim(recipe, stack))
         incident.set_run_dir(recipe.run_dir)
-        keep, size = recipe.checkpoint.keep, plan.checkpoint_bytes
-        if recipe.checkpoint.interval:
-            say_if(on_main(peers, lambda: preflight(checkpoints, size, keep=keep)))
+        say_if(on_main(peers, lambda: room_for_checkpoints(recipe, plan)))
         corpus = open_corpus(
             recipe.data,
             vocab_size=recipe.model.vocab_size,

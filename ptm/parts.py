@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ptm.checkpoint.commit import preflight
 from ptm.checkpoint.folders import step_folders
 from ptm.checkpoint.load import load, newest_good
 from ptm.checkpoint.open_model import open_model
@@ -32,8 +33,8 @@ from ptm.mesh.peers import Peers
 from ptm.model.init import new_weight
 from ptm.model.transformer import Transformer
 from ptm.optim.adamw import adamw
+from ptm.parallel.adapters import adapted_engine
 from ptm.parallel.apply import materialize_buffers, share_experts, units_of
-from ptm.parallel.library import library_engine
 from ptm.parallel.recompute import recompute_blocks
 from ptm.recipe import Recipe, Resume
 from ptm.run_folder import last_logged_step
@@ -60,13 +61,21 @@ def on_main(peers: Peers, task: Callable[[], Any]) -> Any:
     return peers.together(lambda: task() if peers.rank == 0 else None)[0]
 
 
+def room_for_checkpoints(recipe: Recipe, plan: Plan) -> str | None:
+    """A warning when the disk will fill; raises StorageError when not one checkpoint fits."""
+    if not recipe.checkpoint.interval:
+        return None
+    folder = recipe.run_dir / "checkpoints"
+    return preflight(folder, plan.checkpoint_bytes, keep=recipe.checkpoint.keep)
+
+
 def build_model(
     recipe: Recipe, mesh: Mesh, plan: Plan, peers: Peers, *, run_id: str
 ) -> tuple[Transformer, Engine]:
     """The model without values, and the engine that owns them, by `engine.kind`."""
     dtype = DTYPES[recipe.train.precision]
     if recipe.engine.kind is not EngineKind.paged:
-        return library_engine(
+        return adapted_engine(
             recipe.model,
             mesh=mesh,
             engine=recipe.engine,

@@ -32,7 +32,7 @@ from ptm.model.config import ModelConfig
 from ptm.model.init import new_weight
 from ptm.model.transformer import Transformer
 from ptm.parallel import deepspeed
-from ptm.parallel.library import library_engine
+from ptm.parallel.adapters import adapted_engine
 from ptm.parts import DTYPES, build_model
 from ptm.recipe import Recipe, load_recipe
 from ptm.trainer.config import Recompute
@@ -90,7 +90,7 @@ def make_runner(recipe: Recipe, mesh: Mesh, options: dict[str, bool], *, name: s
         plan = make_plan(recipe)
         _, engine = build_model(recipe, mesh, plan, peers, run_id=f"bench-{name}-{time.time()}")
     else:
-        _, engine = library_engine(
+        _, engine = adapted_engine(
             recipe.model,
             mesh=mesh,
             engine=recipe.engine,

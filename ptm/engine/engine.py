@@ -20,12 +20,11 @@ a schedule from a traced step: Angel-PTM, arXiv 2303.02868.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +36,7 @@ from ptm.engine.hooks import Hooks
 from ptm.engine.layout import Format, Layout, Named, PageMap, Slot, make_layout
 from ptm.engine.open_file import forget_other_layouts
 from ptm.engine.open_store import Tiers, describer, fingerprint
+from ptm.engine.outcome import Outcome, agree, clip_factor
 from ptm.engine.reshard import read_into
 from ptm.engine.state import StateRows, stored_shape
 from ptm.engine.states import PagedStates, PageRows
@@ -45,17 +45,6 @@ from ptm.engine.update import Update, Updater
 from ptm.engine.weights import Gathered, Weights, nothing
 from ptm.mesh.collectives import all_reduce_sum
 from ptm.mesh.mesh import Mesh
-
-
-class Outcome(NamedTuple):
-    """What one step came to, equal on every rank."""
-
-    loss: float
-    tokens: int
-    grad_norm: float
-    is_skipped: bool
-    flags: list[float]
-    where: str
 
 
 @dataclass(frozen=True)
@@ -211,26 +200,25 @@ class PagedEngine:
             self.grads.begin(is_first=True, is_last=True)
             self.grads.end()
         self._has_grads = False
-        said = [self.grads.square, float(tokens), float(nll_sum), *flags]
-        heard = torch.tensor(said, dtype=torch.float64)
-        group = self.mesh.dp.get_group()
-        heard = all_reduce_sum(heard.to(self.mesh.device), group, self.mesh.ledger).tolist()
-        total = max(heard[1], 1.0)
-        norm = math.sqrt(heard[0]) / total if heard[0] >= 0 else math.nan
-        is_finite = math.isfinite(norm) and math.isfinite(heard[2])
-        where = "" if is_finite else self._where_not_finite()
-        factor = _clip_factor(norm, self.clip) if is_finite else 0.0
+        outcome = agree(
+            self.grads.square, nll_sum=nll_sum, tokens=tokens, flags=flags, mesh=self.mesh
+        )
+        if outcome.is_skipped:
+            outcome = outcome._replace(where=self._where_not_finite())
+        total = max(float(outcome.tokens), 1.0)
+        factor = 0.0 if outcome.is_skipped else clip_factor(outcome.grad_norm, self.clip)
         self.weights.outdated()
         self.hooks.is_first_forward = True
         if isinstance(self.timing, Exact):
             self.timing.is_likely = factor == 1.0
         if self.tiers.paging is not None:
             self.updater.is_inline = self.tiers.paging.border(self.timing.kind)
-        self.timing.decided(self._decision(total, factor, lr) if is_finite else None)
+        decision = None if outcome.is_skipped else self._decision(total, factor, lr)
+        self.timing.decided(decision)
         self._wait_commit_before()
-        self.updates += is_finite
+        self.updates += not outcome.is_skipped
         self._is_committed = False
-        return Outcome(heard[2] / total, int(heard[1]), norm, not is_finite, heard[3:], where)
+        return outcome
 
     def _wait_commit_before(self) -> None:
         # A step counts once it is logged, and that must not happen while the one before it could
@@ -347,7 +335,3 @@ def _replace(
     new = nn.Parameter(nothing(slot.shape, dtype, device), requires_grad=old.requires_grad)
     setattr(module, attribute, new)
     return new
-
-
-def _clip_factor(norm: float, clip: float) -> float:
-    return min(1.0, clip / (norm + 1e-6)) if clip else 1.0

@@ -35,12 +35,12 @@ from torch import Tensor, nn
 from ptm.common import env
 from ptm.common.errors import KernelError, RecipeError, line
 from ptm.engine.config import EngineConfig
+from ptm.engine.outcome import Outcome, agree
 from ptm.engine.state import StateRows, row_numel, stored_shape
 from ptm.mesh.collectives import gather
 from ptm.mesh.mesh import Mesh
 from ptm.optim.config import OptimConfig
 from ptm.parallel.entries import enter_as_one
-from ptm.parallel.outcome import Outcome, agree
 
 KINDS = {"model.": None, "optim.exp_avg.": "exp_avg", "optim.exp_avg_sq.": "exp_avg_sq"}
 """Prefix of a name in `state()` -> DeepSpeed's key; None is the master."""

@@ -33,11 +33,11 @@ from torch.distributed.tensor import DTensor
 
 from ptm.common.errors import KernelError, RecipeError, line
 from ptm.engine.config import EngineConfig
+from ptm.engine.outcome import Outcome, agree, clip_factor, squares, where_not_finite
 from ptm.engine.state import StateRows
 from ptm.mesh.collectives import Ledger, gather, scatter_sum
 from ptm.mesh.mesh import Mesh
 from ptm.parallel.entries import enter_as_one
-from ptm.parallel.outcome import Outcome, agree, clip_factor, squares, where_not_finite
 from ptm.parallel.rows import rows_of
 
 NEEDED = (

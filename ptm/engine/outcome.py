@@ -1,5 +1,4 @@
-"""How a step ends, for the engines that leave the sharding to a library: one sum over the ranks,
-and the same decision on each.
+"""How a step ends, on every engine: one sum over the ranks, and the same decision on each.
 
 Gradients are sums over tokens; they are divided once by the tokens of the whole step. A norm or a
 loss that is not finite skips the update on every rank, because all of it follows from the summed

@@ -16,7 +16,7 @@ from ptm.parallel import deepspeed, fsdp
 from ptm.parallel.recompute import recompute_blocks
 
 
-def library_engine(
+def adapted_engine(
     model: ModelConfig,
     *,
     mesh: Mesh,
