@@ -157,13 +157,15 @@ class Bounded:
 
     def __init__(self, updater: Updater, num_exact: int) -> None:
         self.updater, self.num_exact = updater, num_exact
+        self._last = 0
+        "Step of the last decision."
         self._due: dict[str, Decision] = {}
         self._after: list[Callable[[], None]] = []
         self._waits = 0
 
     @property
     def kind(self) -> object:
-        return bool(self._due)
+        return self._last + 1 > self.num_exact  # of the decision that comes
 
     def before_gather(self, unit: str) -> None:
         self.updater.wait(unit)
@@ -185,6 +187,7 @@ class Bounded:
     def decided(self, decision: Decision | None) -> None:
         if decision is None:
             return
+        self._last = decision.step
         if decision.step <= self.num_exact:
             self._submit(self.updater.names, decision)
         else:
