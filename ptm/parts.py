@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ptm import run_folder
 from ptm.checkpoint.commit import preflight
 from ptm.checkpoint.folders import step_folders
 from ptm.checkpoint.load import load, newest_good
@@ -91,7 +92,7 @@ def build_model(
     if recipe.train.recompute is Recompute.block:
         recompute_blocks(model.model.layers)
     # Ranks plan by the memory that each of them sees: the first one's word holds for all.
-    zero, tiers = on_main(peers, lambda: [plan.zero, plan.tier_bytes])
+    zero, tiers = on_main(peers, lambda: [_zero(recipe, plan, mesh.world), plan.tier_bytes])
     budgets = recipe.engine
     if budgets.ssd_path is not None and budgets.cpu_bytes is None:
         budgets = replace(budgets, cpu_bytes=f"{tiers['cpu']}B")
@@ -117,6 +118,14 @@ def build_model(
         ),
     )
     return model, engine
+
+
+def _zero(recipe: Recipe, plan: Plan, world: int) -> int:
+    """The ZeRO stage: the recipe's; or what this run began with on as many ranks, whatever a plan
+    says today, because stages sum in another order; or the plan's."""
+    if recipe.engine.zero:
+        return recipe.engine.zero
+    return run_folder.settled(recipe.run_dir, f"zero-{world}", plan.zero)
 
 
 def _newest_step(recipe: Recipe, peers: Peers) -> int | None:

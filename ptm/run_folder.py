@@ -99,6 +99,7 @@ def _remove_if_unused(folder: Path) -> None:
     with contextlib.suppress(OSError):
         (folder / "checkpoints").rmdir()
         (folder / "run_id").unlink(missing_ok=True)
+        (folder / "settled.json").unlink(missing_ok=True)
         (folder / ".lock").unlink()
         folder.rmdir()
 
@@ -135,6 +136,19 @@ def last_logged_step(folder: Path) -> int:
             with contextlib.suppress(ValueError, TypeError, KeyError):
                 return int(json.loads(row)["step"])
     return 0
+
+
+def settled(folder: Path, key: str, value: int) -> int:
+    """`value`, or what this run settled on for `key` before. For rank 0. Without a folder, as in
+    a bench, there is nothing to remember."""
+    if not folder.is_dir():
+        return value
+    file = folder / "settled.json"
+    values = json.loads(file.read_text()) if file.is_file() else {}
+    if key not in values:
+        values[key] = value
+        _write(file, json.dumps(values) + "\n")
+    return values[key]
 
 
 def describe(recipe: Recipe, plan_text: str) -> None:
