@@ -85,7 +85,7 @@ class DataJob(Recipe):
 @config
 class BenchJob:
     name: str
-    "Which benchmark: router or updates."
+    "Which benchmark: router or updates; engines, wire and tiers have keys of their own."
     steps: int = ranged(160, least=1)
     "Training steps of each run."
     seeds: int = ranged(3, least=1, most=100)

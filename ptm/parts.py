@@ -95,7 +95,8 @@ def build_model(
     zero, tiers = on_main(peers, lambda: [_zero(recipe, plan, mesh.world), plan.tier_bytes])
     budgets = recipe.engine
     if budgets.ssd_path is not None and budgets.cpu_bytes is None:
-        budgets = replace(budgets, cpu_bytes=f"{tiers['cpu']}B")
+        # A page more: ranks hold unequal shares, and the plan is of one of them.
+        budgets = replace(budgets, cpu_bytes=f"{tiers['cpu'] + budgets.page_bytes}B")
     engine = PagedEngine(
         model,
         units,
@@ -140,6 +141,7 @@ def first_weights(
     """Fill the engine from the newest committed step or good checkpoint, another model, or the
     seed, in that order. Raises CheckpointError, on all ranks alike."""
     restored = engine.restored
+    on_main(peers, lambda: run_folder.refuse_to_forget(recipe, run_id))
     good = None
     newest = on_main(peers, lambda: max((s for s, _ in step_folders(checkpoints)), default=-1))
     if restored is None or newest > restored[0]:

@@ -30,6 +30,8 @@ from ptm.checkpoint.folders import step_folders
 from ptm.common import env
 from ptm.common.errors import CheckpointError, RecipeError, StorageError, line
 from ptm.common.parse import schema_of
+from ptm.engine import reshard
+from ptm.engine.config import EngineKind
 from ptm.engine.open_file import has_commits
 from ptm.recipe import Recipe, Resume, dump, load_recipe
 
@@ -100,6 +102,7 @@ def _remove_if_unused(folder: Path) -> None:
         (folder / "checkpoints").rmdir()
         (folder / "run_id").unlink(missing_ok=True)
         (folder / "settled.json").unlink(missing_ok=True)
+        (folder / "ssd_path").unlink(missing_ok=True)
         (folder / ".lock").unlink()
         folder.rmdir()
 
@@ -136,6 +139,29 @@ def last_logged_step(folder: Path) -> int:
             with contextlib.suppress(ValueError, TypeError, KeyError):
                 return int(json.loads(row)["step"])
     return 0
+
+
+def refuse_to_forget(recipe: Recipe, run_id: str) -> None:
+    """Raise CheckpointError where this run's newest step lies in page files that this start does
+    not read; else note where its page files are. For rank 0."""
+    note = recipe.run_dir / "ssd_path"
+    engine = recipe.engine
+    if engine.kind is EngineKind.paged and engine.ssd_path is not None:
+        _write(note, str(Path(engine.ssd_path).resolve()) + "\n")
+        return
+    if not note.is_file():
+        return
+    pages = note.read_text().strip()
+    found = reshard.find(pages, run_id, besides="")
+    folders = step_folders(recipe.run_dir / "checkpoints")
+    newest = max((step for step, _ in folders), default=-1)
+    if found is not None and found.step > newest:
+        there = f"step {newest}" if newest >= 0 else "nothing"
+        rule = (
+            f"this run's step {found.step} is in the pages in {pages}, its checkpoints have {there}"
+        )
+        remedy = "start once with engine.kind=paged and that engine.ssd_path, to save a checkpoint"
+        raise CheckpointError(line("engine.ssd_path", engine.ssd_path, rule, remedy))
 
 
 def settled(folder: Path, key: str, value: int) -> int:

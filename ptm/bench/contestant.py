@@ -149,7 +149,7 @@ class Runner:
             "wire_bytes": loopback_bytes() - wire,
             "ledger_bytes": self.ledger()[0] - sent,
             "bound_bytes": self.ledger()[1] - bound,
-            "least_bytes": steps * self.least_bytes(),
+            "least_bytes": self.least_bytes(steps, self.ledger()[1] - bound),
             "report": {key: value - report.get(key, 0.0) for key, value in now.items()},
             "version": version(self.recipe),
         }
@@ -178,13 +178,21 @@ class Runner:
             made.append(Batch(*(column.to(mesh.device) for column in batch)))
         return made
 
-    def least_bytes(self) -> int:
-        """What all ranks must send in a step at engine.zero, without experts' rows."""
+    def least_bytes(self, steps: int, bound: int) -> int:
+        """What all ranks must send in some steps at engine.zero; with experts over ranks, whose
+        rows the router decides, what the ledger calls the least, on all ranks alike."""
+        if self.recipe.engine.ep > 1:
+            return bound * self.mesh.world
         train, world = self.recipe.train, self.mesh.world
         num_rows = train.batch_tokens // train.seq_len
         number = math.ceil(math.ceil(num_rows / world) / train.micro_batch_size)
         size = DTYPES[train.precision].itemsize
-        return (world - 1) * size * elements(self.recipe.model, self.recipe.engine.zero, number)
+        return (
+            steps
+            * (world - 1)
+            * size
+            * elements(self.recipe.model, self.recipe.engine.zero, number)
+        )
 
 
 def elements(model: ModelConfig, zero: int, micro_batches: int) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from ptm.common.config import Choice, config, ranged
 from ptm.common.errors import RecipeError, line
 from ptm.common.units import MIB, parse_bytes
@@ -35,7 +37,7 @@ class EngineConfig:
     "Who owns the states: paged (this engine), fsdp (torch FSDP2), deepspeed (through accelerate)."
     zero: int = ranged(0, least=0, most=3)
     """What is sharded over ranks: 1 optimizer states, 2 gradients too, 3 weights too; 0 takes the
-    lowest that fits."""
+    fastest that fits, or the lowest where `ptm plan` has not measured this machine."""
     ep: int = ranged(1, least=1, most=4096)
     "Ranks that share one set of experts; divides the ranks and the experts."
     chunks: int = ranged(1, least=1, most=64)
@@ -54,10 +56,10 @@ class EngineConfig:
     policy: PolicyKind = PolicyKind.next_use
     "Which page leaves memory: the one whose next use is farthest, or the least recently used."
     update: UpdateKind = UpdateKind.exact
-    """exact: weights are up to date at every use; bounded: at most one step late; lock_free: as
+    """exact: weights are up to date at every use; bounded: exactly one step late; lock_free: as
     late as the disk makes them, counted."""
     moments: MomentsKind = MomentsKind.fp32
-    "Format of moments: fp32, or int8 by blocks: 6 bytes a parameter instead of 12."
+    "Format of moments: fp32, or int8 by blocks: 6.1 bytes a parameter instead of 12."
     journal_every: int = ranged(1, least=1, most=1_000_000)
     "Steps between two commits of the ssd tier: what a kill can cost at most."
     timeout_s: int = ranged(600, least=5, most=86_400)
@@ -71,9 +73,23 @@ class EngineConfig:
         for key in ("cpu_bytes", "gpu_bytes", "ssd_bytes"):
             if getattr(self, key) is not None:
                 parse_bytes(getattr(self, key), key=f"engine.{key}")
+        if self.journal_every > 1 and self.ssd_path is None:
+            rule = "needs engine.ssd_path"
+            shown = line("engine.journal_every", self.journal_every, rule, "name a folder")
+            raise RecipeError(shown)
+        if self.kind is not EngineKind.paged:
+            self._refuse_ignored()
         if self.ssd_bytes is not None and self.ssd_path is None:
             rule = "needs engine.ssd_path"
             raise RecipeError(line("engine.ssd_bytes", self.ssd_bytes, rule, "name a folder"))
+
+    def _refuse_ignored(self) -> None:
+        plain = {f.name: f.default for f in dataclasses.fields(self)}
+        for key in ("chunks", "page_mib", "policy", "update", "moments", "journal_every"):
+            if getattr(self, key) != plain[key]:
+                rule = f"engine.kind={self.kind} does not know it"
+                remedy = "use engine.kind=paged, or leave it out"
+                raise RecipeError(line(f"engine.{key}", getattr(self, key), rule, remedy))
 
     @property
     def page_bytes(self) -> int:
