@@ -82,7 +82,7 @@ def launch(
 
 
 TIMES = ("tokens_per_s", "mfu", "memory_bytes", "step_s", "data_s", "communication_s", "compute_s")
-TRAFFIC = ("pages", "updates", "tiers")
+TRAFFIC = ("pages", "updates", "commits", "tiers")
 """What moved when, which depends on how fast the disk was."""
 
 
