@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from dataclasses import replace
@@ -103,7 +104,13 @@ def predicted(job: Job) -> float:
 def test_step_takes_as_long_as_planned(
     name: str, words: list[str], ranks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Within 15 %. The machine is measured before and after the steps, as others may use it too."""
+    """Within 15 %. The machine is measured before and after the steps, as others may use it too.
+
+    Wall-clock seconds say something on a machine that does nothing else, which CI cannot know: run
+    it by hand with PTM_QUIET=1.
+    """
+    if "PTM_QUIET" not in os.environ:
+        pytest.skip("needs a machine that does nothing else: set PTM_QUIET=1 there")
     if psutil.getloadavg()[0] > 0.7 * (psutil.cpu_count() or 1):
         pytest.skip(f"others use this machine: a load of {psutil.getloadavg()[0]:.1f}")
     torch.set_num_threads(1)
