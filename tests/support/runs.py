@@ -82,8 +82,8 @@ def launch(
 
 
 TIMES = ("tokens_per_s", "mfu", "memory_bytes", "step_s", "data_s", "communication_s", "compute_s")
-TRAFFIC = ("pages", "updates", "commits", "tiers")
-"""What moved when, which depends on how fast the disk was."""
+TRAFFIC = ("sent_bytes", "pages", "updates", "commits", "tiers")
+"""What moved when: it depends on how fast the disk was, and on where a run was begun again."""
 
 
 def log(folder: Path) -> list[dict[str, Any]]:
