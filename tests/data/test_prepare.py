@@ -60,14 +60,25 @@ def wait_for_shards(cache: Path, count: int) -> Path:
     raise AssertionError("no shard in a minute")
 
 
-def test_one_builds_and_the_others_wait(settings: dict[str, object]) -> None:
-    processes = [start(settings) for _ in range(4)]
-    ended = [process.communicate(timeout=100) for process in processes]
+def test_one_builds_and_the_others_wait(settings: dict[str, object], cache: Path) -> None:
+    builder = start(settings)
+    wait_for_shards(cache, 1)
+    builder.send_signal(signal.SIGSTOP)  # long enough for the others to come, however fast it is
+    others = [start(settings) for _ in range(3)]
+    told = [first_line_of(other) for other in others]
+    builder.send_signal(signal.SIGCONT)
+    ended = [process.communicate(timeout=100) for process in (builder, *others)]
     reports = [json.loads(out) for out, _ in ended]
-    assert sorted(r["sources"][0].pop("was_built") for r in reports) == [False] * 3 + [True]
+    assert [r["sources"][0].pop("was_built") for r in reports] == [True] + [False] * 3
     assert all(r == reports[0] for r in reports)
-    told = [err for _, err in ended if "data: waiting for process" in err]
-    assert told and all("to finish (" in err for err in told)
+    assert all(f"data: waiting for process {builder.pid} on" in text for text in told)
+    assert all("to finish (" in text for text in told)
+
+
+def first_line_of(process: subprocess.Popen[str]) -> str:
+    """What a process says first on stderr; the test's time limit ends a wait for nothing."""
+    assert process.stderr is not None
+    return process.stderr.readline()
 
 
 def test_killed_builder_is_taken_over_and_its_shards_are_used(
