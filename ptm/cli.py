@@ -18,6 +18,7 @@ has only lost a peer says nothing more then.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import functools
 import importlib
@@ -211,10 +212,19 @@ def _page(name: str, verb: Verb) -> str:
         )
     return help_text(
         schema_of(cls),
-        usage=" ".join(["ptm", name, *map(str.upper, verb.positionals), "[key=value ...]"]),
+        usage=" ".join(["ptm", name, *_shown(cls, verb.positionals), "[key=value ...]"]),
         summary=summary,
         aliases=NAMES.aliases if is_recipe else None,
     )
+
+
+def _shown(cls: type, positionals: tuple[str, ...]) -> list[str]:
+    """Positionals as a usage line shows them: in brackets where they have a default."""
+    from ptm.common.parse import schema_of
+
+    found = schema_of(cls).settings
+    is_needed = [found[key].default is dataclasses.MISSING for key in positionals]
+    return [p.upper() if needed else f"[{p.upper()}]" for p, needed in zip(positionals, is_needed)]
 
 
 def _show(text: str) -> None:

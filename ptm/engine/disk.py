@@ -30,6 +30,7 @@ _REMEDIES = {
     "EEXIST": "name a folder",
 }
 _MEMORY = {"tmpfs", "ramfs", "devtmpfs"}
+_NO_FILES = {"proc", "sysfs", "cgroup", "cgroup2", "devpts", "debugfs", "tracefs", "securityfs"}
 
 
 class File:
@@ -109,10 +110,10 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def check_disk(ssd_path: str | Path, needed_bytes: int, *, there_bytes: int = 0) -> None:
-    """Is `ssd_path` a writable folder (which may not exist yet) on a disk with room?
+def check_folder(ssd_path: str | Path) -> Path:
+    """Is `ssd_path` a writable folder (which may not exist yet) on a disk?
 
-    `there_bytes` of the needed are in a file of this rank already. Raises StorageError.
+    Returns the nearest folder that is there. Raises StorageError.
     """
     path = Path(ssd_path).absolute()
     there = next(folder for folder in (path, *path.parents) if folder.exists())
@@ -121,12 +122,24 @@ def check_disk(ssd_path: str | Path, needed_bytes: int, *, there_bytes: int = 0)
         rule = f"is memory ({kind}), not a disk"
         remedy = "name a folder on a disk, or give its room to engine.cpu_bytes"
         raise StorageError(line("engine.ssd_path", ssd_path, rule, remedy))
+    if kind in _NO_FILES:
+        rule = f"{there} holds no files ({kind})"
+        raise StorageError(line("engine.ssd_path", ssd_path, rule, "name a folder on a disk"))
     if not there.is_dir():
         raise StorageError(line("engine.ssd_path", ssd_path, f"{there} is a file", "name a folder"))
     if not os.access(there, os.W_OK | os.X_OK) or os.statvfs(there).f_flag & os.ST_RDONLY:
         rule = f"{there} is not writable"
         raise StorageError(line("engine.ssd_path", ssd_path, rule, "name a writable folder"))
-    with disk_errors(path, "read"):
+    return there
+
+
+def check_disk(ssd_path: str | Path, needed_bytes: int, *, there_bytes: int = 0) -> None:
+    """`check_folder`, and is there room?
+
+    `there_bytes` of the needed are in a file of this rank already. Raises StorageError.
+    """
+    there = check_folder(ssd_path)
+    with disk_errors(there, "read"):
         free = shutil.disk_usage(there).free
     if free < needed_bytes - there_bytes:
         rule = f"{format_bytes(needed_bytes - there_bytes)} of pages do not fit"

@@ -79,6 +79,8 @@ def convert(config: ConvertConfig) -> None:
     notes = list(opened.notes)
     if opened.origin is not None and opened.tokenizer == source:
         notes += [f"not copied: {name!r}" for name in left_behind(source)]
+    if config.to is Target.hf and opened.model.router_bias_update_rate > 0:
+        notes.append("left out, as the published format has no place for it: the router's bias")
     for note in notes:
         console.print(f"note: {note}", markup=False, soft_wrap=True)
     count = num_parameters(opened.model)

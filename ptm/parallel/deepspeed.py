@@ -344,6 +344,7 @@ def version() -> str:
 
 def _import(mesh: Mesh) -> Any:
     env.set_default("DS_BUILD_OPS", "0")
+    env.set_default("LOCAL_RANK", str(env.ranks().local_rank))  # without torchrun it asks for this
     if mesh.device.type == "cpu":
         env.set_default("DS_ACCELERATOR", "cpu")
     try:

@@ -32,6 +32,7 @@ import yaml
 
 from ptm.common.errors import RecipeError, line
 from ptm.common.units import format_bytes, parse_bytes
+from ptm.engine.disk import check_folder
 from ptm.planner.speed import Speed, parse_speed
 
 _USABLE = 0.97
@@ -113,10 +114,10 @@ def _host(local_ranks: int) -> tuple[int, str]:
     return free_bytes // local_ranks + psutil.Process().memory_info().rss, why
 
 
-def _free_on(path: Path) -> int:
-    """Free bytes on the disk that holds `path`, which need not exist yet."""
-    there = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
-    return shutil.disk_usage(there).free
+def _free_on(ssd_path: Path) -> int:
+    """Bytes free on the disk of a folder that may not exist yet. Raises StorageError where there
+    is no disk to write to."""
+    return shutil.disk_usage(check_folder(ssd_path)).free
 
 
 def _cuda_is_there() -> bool:

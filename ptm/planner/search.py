@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from ptm.common.plan import Plan
-from ptm.common.units import GIB, format_bytes
+from ptm.common.units import GIB, MIB, format_bytes
 from ptm.planner.hardware import Hardware
 from ptm.planner.job import Job
 from ptm.planner.memory import Memory
@@ -37,12 +37,13 @@ class Change(NamedTuple):
 def changes(job: Job, hardware: Hardware, others: Iterable[tuple[str, Job]] = ()) -> list[Change]:
     """Changes that fit, mildest first; `others` are jobs of other sizes, smaller ones last.
 
-    There are at least three, as the last of them ask for a machine with more memory, for the job as
-    it is and, where little else fits, for the others.
+    The last of them ask for a machine with more memory, for the job as it is and, where little else
+    fits, for milder ones; where only a budget of the recipe is short, the first names that instead.
     """
     others = list(others)
     words, milder = _mildest(job)
-    found = list(_fitting(_one_change(job), hardware))
+    found = list(_fitting(_budgets(job, hardware), hardware))
+    found += _fitting(_one_change(job), hardware)
     found += _fitting(others, hardware)
     found += _fitting(_structural(job, hardware), hardware)
     if len(found) < ENOUGH and words:
@@ -51,16 +52,30 @@ def changes(job: Job, hardware: Hardware, others: Iterable[tuple[str, Job]] = ()
     if len(found) < ENOUGH:
         shrunk = ((f"{words} {other}".strip(), changed) for other, changed in _shrunk(milder))
         found += itertools.islice(_fitting(shrunk, hardware), ENOUGH - len(found))
-    found.append(_larger_machine("", job, hardware))
-    if len(found) < ENOUGH:
-        found += [_larger_machine(words, other, hardware) for words, other in others]
-    return found
+    larger = [_larger_machine("", job, hardware)]
+    if len(found) + 1 < ENOUGH:
+        smaller = [(words, milder)] * bool(words) + others
+        larger += [_larger_machine(words, other, hardware) for words, other in smaller]
+    return found + [change for change in larger if change is not None]
 
 
 def _fitting(candidates: Iterable[tuple[str, Job]], hardware: Hardware) -> Iterator[Change]:
     for words, job in candidates:
         if price(job, hardware).memory.fits:
             yield Change(words, plan_of(job, hardware))
+
+
+def _budgets(job: Job, hardware: Hardware) -> Iterator[tuple[str, Job]]:
+    """Every budget of the recipe that is too small as large as it must be, in whole MiB."""
+    short = {t.why: t for t in price(job, hardware).memory.tiers if not t.fits}
+    needed = {
+        key: -(-short[f"engine.{key}"].needed_bytes // MIB)
+        for key in ("cpu_bytes", "ssd_bytes")
+        if f"engine.{key}" in short
+    }
+    if needed:
+        words = " ".join(f"engine.{key}={size}MiB" for key, size in needed.items())
+        yield words, replace(job, **{key: size * MIB for key, size in needed.items()})
 
 
 def _one_change(job: Job) -> Iterator[tuple[str, Job]]:
@@ -153,8 +168,8 @@ def _fits_on(hardware: Hardware) -> Callable[[Job], bool]:
     return fits
 
 
-def _larger_machine(words: str, job: Job, hardware: Hardware) -> Change:
-    """Every tier that is too small as large as it must be, in whole GiB."""
+def _larger_machine(words: str, job: Job, hardware: Hardware) -> Change | None:
+    """Every tier that is too small as large as it must be, in whole GiB; None: none is."""
     tiers = {t.name: -(-t.needed_bytes // GIB) * GIB for t in _whole(job, hardware).tiers}
     main = "gpu" if job.device == "cuda" else "cpu"
     larger = replace(
@@ -170,9 +185,12 @@ def _larger_machine(words: str, job: Job, hardware: Hardware) -> Change:
         for name, size, there in (
             ("RAM" if main == "cpu" else "GPU memory", larger.rank_bytes, hardware.rank_bytes),
             ("RAM", larger.host_bytes, hardware.host_bytes),
+            ("disk", larger.ssd_bytes, hardware.ssd_bytes),
         )
         if size > there
     )
+    if not needed:
+        return None
     words = f"{words} on a machine with {needed} for each rank".strip()
     return Change(words.removeprefix("on "), plan_of(job, larger))
 

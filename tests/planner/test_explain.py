@@ -13,7 +13,7 @@ import pytest
 
 from ptm.common.env import Ranks
 from ptm.common.errors import PlanError
-from ptm.common.units import GIB
+from ptm.common.units import GIB, MIB
 from ptm.engine.config import EngineConfig
 from ptm.model.config import ModelConfig, Scale
 from ptm.planner.explain import plan_run, refusal
@@ -199,4 +199,17 @@ def test_refusal_on_the_smallest_machine_still_offers_three() -> None:
         ("model.scale=other", debug_job(1, "cpu")),
     ]
     text = str(refusal(full_job(1), machine(0.1), others=others))
-    assert len(text.split("what would fit\n")[1].splitlines()) == 3
+    assert len(text.split("what would fit\n")[1].splitlines()) >= 3
+
+
+def test_a_short_budget_is_what_is_offered_first() -> None:
+    short = dataclasses.replace(
+        debug_job(1, "cpu"), has_ssd=True, cpu_bytes=4 * MIB, ssd_bytes=5 * MIB, page_bytes=MIB
+    )
+    hardware = dataclasses.replace(machine(24), ssd_bytes=100 * GIB)
+    first, *others = changes(short, hardware)
+    told = re.fullmatch(r"engine.cpu_bytes=(\d+)MiB engine.ssd_bytes=(\d+)MiB", first.words)
+    assert told is not None and first.plan.fits
+    enough = dataclasses.replace(short, cpu_bytes=int(told[1]) * MIB, ssd_bytes=int(told[2]) * MIB)
+    assert changes(enough, hardware)[0].words != first.words
+    assert all("a machine with  for" not in change.words for change in others)
