@@ -7,7 +7,8 @@
     bounded    the update of step k runs in the backward of step k + 1, unit by unit, after the
                unit's weights have been read for the last time and before its new gradients land.
                Every weight is exactly one step late, no update is skipped, and the disk has a
-               whole step to read ahead and write behind. As exact during warm-up.
+               whole step to read ahead and write behind. As exact during warm-up; afterwards the
+               pages hold the weights as foreseen one update ahead (optim/adamw.py, last_lr).
     lock_free  nothing ever waits: a gather takes the weights that are there, and gradients that
                land before the last ones were used are added to them (AngelPTM's). How late weights
                were, and how many updates were merged, is counted.
@@ -159,6 +160,7 @@ class Bounded:
         self.updater, self.num_exact = updater, num_exact
         self._last = 0
         "Step of the last decision."
+        self._lr = self._last_lr = 0.0
         self._due: dict[str, Decision] = {}
         self._after: list[Callable[[], None]] = []
         self._waits = 0
@@ -187,14 +189,19 @@ class Bounded:
     def decided(self, decision: Decision | None) -> None:
         if decision is None:
             return
-        self._last = decision.step
+        is_resumed, self._last = self._last == 0, decision.step
+        is_first = decision.step <= self.num_exact + 1
+        self._last_lr = 0.0 if is_first else decision.lr if is_resumed else self._lr
+        self._lr = decision.lr
         if decision.step <= self.num_exact:
             self._submit(self.updater.names, decision)
         else:
             self._due = dict.fromkeys(self.updater.names, decision)
 
     def _submit(self, units: list[str], decision: Decision) -> None:
-        self.updater.submit(units, scale=decision.scale, lr=decision.lr, step=decision.step)
+        scale, lr, step, _ = decision
+        last_lr = self._last_lr if step > self.num_exact else None
+        self.updater.submit(units, scale=scale, lr=lr, step=step, last_lr=last_lr)
 
     def then(self, job: Callable[[], None]) -> None:
         if self._due:

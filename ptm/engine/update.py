@@ -23,6 +23,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import torch
 
@@ -31,8 +32,8 @@ from ptm.engine.states import PagedStates, Room
 from ptm.engine.stream import CHUNK, HOST, Event
 
 Update = Callable[..., None]
-"""`update(param, grad=, exp_avg=, exp_avg_sq=, step=, lr=, decay=)` on flat fp32 ranges;
-optim.adamw is one."""
+"""`update(param, grad=, exp_avg=, exp_avg_sq=, step=, lr=, decay=, last_lr=)` on flat fp32
+ranges; optim.adamw is one."""
 
 
 @torch.no_grad()
@@ -45,6 +46,7 @@ def update_group(
     scale: float,
     lr: float,
     step: int,
+    last_lr: float | None = None,
 ) -> None:
     """One update of this rank's shard of a group from the gradient sums in its pages."""
     pages = states.pages
@@ -74,6 +76,7 @@ def update_group(
                         step=step,
                         lr=lr,
                         decay=decay,
+                        last_lr=last_lr,
                     )
             states.put_moments(opt, start, moments)
             states.put_master(weights, opt, start, master)
@@ -111,11 +114,19 @@ class Updater:
         self.waited_s = 0.0
 
     def submit(
-        self, units: Sequence[str], *, scale: float, lr: float, step: int, discard: bool = True
+        self,
+        units: Sequence[str],
+        *,
+        scale: float,
+        lr: float,
+        step: int,
+        last_lr: float | None = None,
+        discard: bool = True,
     ) -> None:
         """Start the updates of `units`, in this order. None of them may be under way.
 
         discard: the gradient sums are of no use afterwards, so their pages need not be kept.
+        last_lr: as the update rule has it, for gradients that are a step late.
         """
         if self.is_inline:  # what was to come after the updates before comes before these
             self.finish_jobs()
@@ -125,7 +136,8 @@ class Updater:
             assert name not in self._running, f"{name} is being updated"
             unit = self._units[name]
             asked = self._streams.current().record_event()
-            job = functools.partial(self._run, asked, index, unit, scale, lr, step, discard)
+            values = {"scale": scale, "lr": lr, "step": step, "last_lr": last_lr}
+            job = functools.partial(self._run, asked, index, unit, discard, **values)
             self._running[name] = job if self.is_inline else self._thread.submit(job)
 
     def then(self, job: Callable[[], None]) -> None:
@@ -145,10 +157,8 @@ class Updater:
         asked: Event,
         index: int,
         unit: Unit,
-        scale: float,
-        lr: float,
-        step: int,
         discard: bool,
+        **values: Any,
     ) -> None:
         ahead = self.ahead
         if ahead is not None and not self.is_inline:
@@ -161,9 +171,7 @@ class Updater:
             for group in unit.groups:
                 if not self.states.is_resident(group.base, group.base + group.shard_numel):
                     asked.synchronize()
-                update_group(
-                    self.states, group, self.update, self._room_at, scale=scale, lr=lr, step=step
-                )
+                update_group(self.states, group, self.update, self._room_at, **values)
             self._done[unit.name] = streams.update.record_event()
         if discard:
             self.discard(unit.name)

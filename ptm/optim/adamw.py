@@ -27,12 +27,20 @@ def adamw(
     lr: float,
     decay: bool,
     config: OptimConfig,
+    last_lr: float | None = None,
 ) -> None:
     """One update of a flat fp32 range.
 
     Shapes: all (S,), fp32. Modifies: param, exp_avg, exp_avg_sq. `step` counts from 1 for the first
     update.
+
+    last_lr: for gradients that come one step late, the rate of the step before (0 in the first such
+    step). The range then holds not the weights but where they will be if the next update is like
+    the last, which is where the next gradient will be used: that of the last update is taken back
+    and that of this one is made twice. Source: weight prediction of SpecTrain, arXiv 1809.02839.
     """
+    if last_lr is not None and step > 1:
+        param.sub_(_change(exp_avg, exp_avg_sq, step - 1, last_lr, config))
     torch_adamw(
         [param],
         [grad],
@@ -49,3 +57,13 @@ def adamw(
         eps=config.eps,
         maximize=False,
     )
+    if last_lr is not None:
+        param.add_(_change(exp_avg, exp_avg_sq, step, lr, config))
+
+
+def _change(
+    exp_avg: Tensor, exp_avg_sq: Tensor, step: int, lr: float, config: OptimConfig
+) -> Tensor:
+    """What moments after `step` updates add to the weights, without decay."""
+    root = exp_avg_sq.sqrt().div_((1 - config.beta2**step) ** 0.5).add_(config.eps)
+    return torch.div(exp_avg, root, out=root).mul_(-lr / (1 - config.beta1**step))
