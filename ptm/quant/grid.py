@@ -1,0 +1,251 @@
+"""The grids that weights are quantized to: the one definition of how a number becomes a code and
+back.
+
+    w[n, k]  ~  scale[n, g] * (value(code[n, k]) - zero[n, g]),   g = k // group
+
+    int4, int8     value(code) = code, 0 ... 2^bits - 1; zero = 2^(bits-1) where symmetric
+    fp6_e3m2       sign, 3 bits of exponent (bias 3), 2 of mantissa: 0, 0.0625 ... 28; no zero
+    fp6_e2m3       sign, 2 bits of exponent (bias 1), 3 of mantissa: 0, 0.125 ... 7.5; no zero
+
+A scale is what is stored: rounded to its type first, everything after is measured with it. Decoding
+is one fp32 product of the widened scale with an exact small number, so every reader, kernel and
+fake quantization that follows this file gives the same bits. Rounding is to nearest on w / scale in
+fp32, ties to even codes (to the even multiple of the step, for integers before the zero is added);
+what lies outside is clamped. A group of zeros, or one whose scale underflows, has scale 0 and
+decodes to 0.
+
+Source of the 6-bit grids: FP6-LLM, arXiv 2401.14112; of the integer ones: GPTQ, arXiv 2210.17323.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ptm.common.config import Choice
+
+
+class GridKind(Choice):
+    int4 = "int4"
+    int8 = "int8"
+    fp6_e3m2 = "fp6_e3m2"
+    fp6_e2m3 = "fp6_e2m3"
+
+
+_INT_BITS = {GridKind.int4: 4, GridKind.int8: 8}
+_SHRINK = {GridKind.int4: 0.5, GridKind.int8: 0.9, GridKind.fp6_e3m2: 0.5, GridKind.fp6_e2m3: 0.5}
+"""The least part of the plain scale that is tried where a better one is searched."""
+_FP6 = {GridKind.fp6_e3m2: (3, 2, 3), GridKind.fp6_e2m3: (2, 3, 1)}
+"""Bits of exponent and mantissa, bias."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """group: values along K that share a scale, 0 for a whole row; the last may be shorter."""
+
+    kind: GridKind
+    group: int = 128
+    is_symmetric: bool = True
+    scale_dtype: torch.dtype = torch.float16
+
+    def __post_init__(self) -> None:
+        assert self.group >= 0, self.group
+        assert self.is_symmetric or self.is_int, f"{self.kind} has no zero points"
+
+    @property
+    def is_int(self) -> bool:
+        return self.kind in _INT_BITS
+
+    @property
+    def bits(self) -> int:
+        return _INT_BITS.get(self.kind, 6)
+
+    @property
+    def middle(self) -> int:
+        """Zero point of a symmetric integer grid."""
+        return 1 << (self.bits - 1)
+
+    @property
+    def largest(self) -> float:
+        """|w| that a symmetric grid maps to its end at scale 1, before clamping."""
+        if self.is_int:
+            return (2**self.bits - 1) / 2
+        return float(self.values()[: 2**5].max())
+
+    @property
+    def worst_error(self) -> float:
+        """Largest |w - decode(encode(w))| over scale, for |w| <= largest x scale."""
+        if self.is_int:
+            return 0.5
+        steps = self.values()[: 2**5].diff()
+        return float(steps.max()) / 2
+
+    def num_groups(self, num_inputs: int) -> int:
+        return -(-num_inputs // self.group) if self.group else 1
+
+    def values(self) -> Tensor:
+        """What each code stands for at scale 1 and zero 0, (2^bits,) fp32."""
+        return _values(self.kind)
+
+    def encode(self, w_NK: Tensor, scale_NG: Tensor, zero_NG: Tensor | None = None) -> Tensor:
+        """Codes (N, K) uint8 of fp32 weights (N, K) with stored scales (N, G)."""
+        scale = self._spread(scale_NG, w_NK.shape[1]).float()
+        ratio = torch.where(scale > 0, w_NK.float() / scale, 0.0)
+        if not self.is_int:
+            return _nearest_fp6(ratio, self.kind)
+        zero = self._zero(zero_NG, w_NK.shape[1])
+        return ratio.round_().add_(zero).clamp_(0, 2**self.bits - 1).to(torch.uint8)
+
+    def decode(self, codes_NK: Tensor, scale_NG: Tensor, zero_NG: Tensor | None = None) -> Tensor:
+        """Weights (N, K) fp32 that the codes stand for."""
+        K = codes_NK.shape[1]
+        scale = self._spread(scale_NG, K).float()
+        if self.is_int:
+            return scale * (codes_NK.float() - self._zero(zero_NG, K))
+        return scale * self.values().to(codes_NK.device)[codes_NK.long()]
+
+    def fake(self, w_NK: Tensor, scale_NG: Tensor, zero_NG: Tensor | None = None) -> Tensor:
+        """The grid's nearest to each weight, (N, K) fp32."""
+        return self.decode(self.encode(w_NK, scale_NG, zero_NG), scale_NG, zero_NG)
+
+    def scales(
+        self, w_NK: Tensor, importance_K: Tensor | None = None, num_candidates: int = 0
+    ) -> tuple[Tensor, Tensor | None]:
+        """Stored scales (N, G) and, where not symmetric, zero points (N, G) uint8.
+
+        From the largest |w| of a group; with candidates, that many scales from a little above it
+        down to half of it (0.9 with int8) are tried, and the one with the least squared error is kept, each input
+        weighted by its importance (K,).
+        Raises: ValueError where a weight is not finite, or a scale overflows its type.
+        """
+        grouped = self._grouped(w_NK.float())
+        low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
+        if self.is_symmetric:
+            span = torch.maximum(-low, high) / self.largest
+        else:
+            span = (high - low) / (2**self.bits - 1)
+        best = self._stored(span)
+        if not bool(best.isfinite().all()):
+            raise ValueError("a weight is not finite, or too large for the type of its scale")
+        best_zero = self._zero_points(low, best)
+        if num_candidates < 1:
+            return best, best_zero
+        weight = self._grouped(
+            (importance_K if importance_K is not None else w_NK.new_ones(1).expand(w_NK.shape[1]))
+            .float()
+            .reshape(1, -1)
+        )
+        least = self._error(grouped, weight, best, best_zero)
+        top = self.largest / (self.middle - 1) if self.is_int and self.is_symmetric else 1.0
+        for shrink in torch.linspace(top, _SHRINK[self.kind], num_candidates).tolist():
+            scale = self._stored(span * shrink)
+            zero = self._zero_points(low * shrink, scale)
+            error = self._error(grouped, weight, scale, zero)
+            is_better = error < least
+            least = torch.where(is_better, error, least)
+            best = torch.where(is_better, scale, best)
+            if zero is not None and best_zero is not None:
+                best_zero = torch.where(is_better, zero, best_zero)
+        return best, best_zero
+
+    def _stored(self, scale: Tensor) -> Tensor:
+        return scale.to(self.scale_dtype)
+
+    def _zero_points(self, low: Tensor, scale: Tensor) -> Tensor | None:
+        if self.is_symmetric:
+            return None
+        wide = scale.float()
+        zero = torch.where(wide > 0, -low / wide, 0.0)
+        return zero.round_().clamp_(0, 2**self.bits - 1).to(torch.uint8)
+
+    def _error(
+        self, grouped_NGk: Tensor, weight_1Gk: Tensor, scale_NG: Tensor, zero_NG: Tensor | None
+    ) -> Tensor:
+        """Weighted squared error of each group, (N, G)."""
+        N, G, k = grouped_NGk.shape
+        whole = Grid(self.kind, 0, self.is_symmetric, self.scale_dtype)
+        zero = None if zero_NG is None else zero_NG.reshape(N * G, 1)
+        near = whole.fake(grouped_NGk.reshape(N * G, k), scale_NG.reshape(N * G, 1), zero)
+        return (
+            near.sub_(grouped_NGk.reshape(N * G, k))
+            .square_()
+            .view(N, G, k)
+            .mul_(weight_1Gk)
+            .sum(-1)
+        )
+
+    def _grouped(self, w_NK: Tensor) -> Tensor:
+        """(N, G, group), with zeros behind the last input: they change no largest, no error."""
+        N, K = w_NK.shape
+        G, size = self.num_groups(K), self.group or K
+        padded = torch.nn.functional.pad(w_NK, (0, G * size - K))
+        return padded.view(N, G, size)
+
+    def _spread(self, of_NG: Tensor, num_inputs: int) -> Tensor:
+        """One value for each input, (N, K)."""
+        size = self.group or num_inputs
+        assert of_NG.shape[1] == self.num_groups(num_inputs), (of_NG.shape, num_inputs, self)
+        return of_NG.repeat_interleave(size, dim=1)[:, :num_inputs]
+
+    def _zero(self, zero_NG: Tensor | None, num_inputs: int) -> Tensor | float:
+        assert (zero_NG is None) == self.is_symmetric, self
+        return float(self.middle) if zero_NG is None else self._spread(zero_NG, num_inputs).float()
+
+
+@dataclass
+class Quantized:
+    """One linear's weights as codes.
+
+    Shapes: codes (N, K) uint8, scale (N, G) of the grid's scale type, zero (N, G) uint8 or None.
+    """
+
+    grid: Grid
+    codes_NK: Tensor
+    scale_NG: Tensor
+    zero_NG: Tensor | None = None
+
+    def dequantize(self) -> Tensor:
+        """(N, K) fp32."""
+        return self.grid.decode(self.codes_NK, self.scale_NG, self.zero_NG)
+
+    @property
+    def size_bytes(self) -> int:
+        """Of codes, scales and zero points when packed."""
+        N, K = self.codes_NK.shape
+        zeros = 0 if self.zero_NG is None else self.zero_NG.numel() * self.grid.bits
+        bits = N * K * self.grid.bits + zeros
+        return -(-bits // 8) + self.scale_NG.numel() * self.scale_NG.element_size()
+
+
+def round_to_nearest(w_NK: Tensor, grid: Grid) -> Quantized:
+    """The plain quantization of a weight, without data."""
+    scale, zero = grid.scales(w_NK)
+    return Quantized(grid, grid.encode(w_NK, scale, zero), scale, zero)
+
+
+@functools.cache
+def _values(kind: GridKind) -> Tensor:
+    if kind in _INT_BITS:
+        return torch.arange(2 ** _INT_BITS[kind], dtype=torch.float32)
+    _, mantissa_bits, bias = _FP6[kind]
+    code = torch.arange(2**5)
+    exponent, mantissa = code >> mantissa_bits, code % 2**mantissa_bits
+    fraction = mantissa / 2**mantissa_bits
+    normal = (1 + fraction) * 2.0 ** (exponent - bias)
+    subnormal = fraction * 2.0 ** (1 - bias)
+    positive = torch.where(exponent > 0, normal, subnormal).float()
+    return torch.cat([positive, -positive])
+
+
+def _nearest_fp6(ratio: Tensor, kind: GridKind) -> Tensor:
+    """Codes of the nearest values; of two equally near the even code; 0 is never negative."""
+    positive = _values(kind)[: 2**5].to(ratio.device)
+    between = (positive[1:] + positive[:-1]) / 2
+    size = ratio.abs()
+    low = torch.searchsorted(between, size)
+    high = torch.searchsorted(between, size, right=True)
+    code = torch.where(low % 2 == 0, low, high)
+    return torch.where((ratio < 0) & (code > 0), code + 2**5, code).to(torch.uint8)
