@@ -117,8 +117,8 @@ class Grid:
         """Stored scales (N, G) and, where not symmetric, zero points (N, G) uint8.
 
         From the largest |w| of a group; with candidates, that many scales from a little above it
-        down to half of it (0.9 with int8) are tried, and the one with the least squared error is kept, each input
-        weighted by its importance (K,).
+        down to half of it (0.9 with int8) are tried, and the one with the least squared error is
+        kept, each input weighted by its importance (K,).
         Raises: ValueError where a weight is not finite, or a scale overflows its type.
         """
         grouped = self._grouped(w_NK.float())
