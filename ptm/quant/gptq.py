@@ -1,0 +1,241 @@
+"""GPTQ for one linear: the weights and what its inputs were in, codes and scales out.
+
+Codes are chosen to keep the outputs, not the weights: with H = X^T X / T over the inputs X (T, K)
+of calibration text, the loss of weights V in place of W is
+
+    loss(V) = trace((W - V) H (W - V)^T)
+
+    1 damp          H' = H + damping x mean(diag H), raised tenfold until Cholesky succeeds
+    2 scales        fixed before the sweep (static groups), searched with diag(H) as importance
+    3 sweep         inputs in order of diag(H), largest first; with U the upper Cholesky factor of
+                    H'^-1: code the column, then take its error out of the columns behind it,
+                    w[:, j:] -= (w[:, i] - v[:, i]) / U[i, i] x U[i, j:], in blocks of 128 columns
+    4 descent       a few passes over the columns: each code becomes the best one with all others
+                    as they are, which is exact, as the loss is a parabola in one weight
+    5 target        optional (GPTAQ): X here comes from layers already quantized; what is kept is
+                    the output W X_fp^T of the whole model, in part `alpha`
+
+Inputs that were always zero keep the nearest code: they cost nothing on calibration text, and
+elsewhere the weight is still the best guess. Everything is fp32 on one device.
+
+Source: GPTQ, arXiv 2210.17323; GPTAQ, arXiv 2504.02692. Tried and left out: docs/log.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ptm.quant.grid import Grid, Quantized
+
+BLOCK = 128
+CHUNK = 512
+MOST_DAMPING = 1e4
+"""Times the first; a matrix that is still no better than this has no use."""
+
+
+@dataclass(frozen=True)
+class GptqOptions:
+    """damping: of the mean diagonal. candidates: scales tried per group, 0 for the plain ones.
+    descents: passes of coordinate descent after the sweep. alpha: of the target, 0 for W itself."""
+
+    damping: float = 0.01
+    is_ordered: bool = True
+    candidates: int = 24
+    descents: int = 3
+    alpha: float = 0.0
+
+
+class Hessian:
+    """Sum of x x^T over the rows of calibration text, and how many there were.
+
+    Ranks add theirs up in a fixed order before use (`merge`), so where rows were computed does not
+    matter beyond the order of the sums.
+    """
+
+    def __init__(self, num_inputs: int, device: torch.device | str = "cpu") -> None:
+        self.sum_KK = torch.zeros(num_inputs, num_inputs, device=device)
+        self.num_rows = 0
+
+    def add(self, x_TK: Tensor) -> None:
+        """Rows of inputs (..., K). Those in bf16 are multiplied in bf16, CHUNK rows at a time: a
+        fourth of the time, and 0.1 % of the error that is left (docs/numbers.md)."""
+        x_TK = x_TK.reshape(-1, self.sum_KK.shape[0])
+        for rows in x_TK.split(CHUNK):
+            rows = rows if rows.dtype is torch.bfloat16 else rows.float()
+            self.sum_KK += rows.t() @ rows
+        self.num_rows += x_TK.shape[0]
+
+    def merge(self, other: Hessian) -> None:
+        self.sum_KK += other.sum_KK
+        self.num_rows += other.num_rows
+
+    def mean(self) -> Tensor:
+        """(K, K) fp32, symmetric."""
+        return (self.sum_KK + self.sum_KK.t()) / (2 * max(self.num_rows, 1))
+
+
+@dataclass
+class Factor:
+    """What every linear that reads the same input shares: made once from their Hessian."""
+
+    mean_KK: Tensor
+    damped_KK: Tensor
+    order_K: Tensor
+    upper_KK: Tensor
+    "Upper Cholesky factor of the inverse, in that order."
+    damping: float
+    dead_K: Tensor
+
+
+@dataclass
+class Solved:
+    """error: relative, of the outputs on calibration text, ||(W - V) X||^2 / ||W X||^2."""
+
+    quantized: Quantized
+    error: float
+    damping: float
+    num_dead: int
+    notes: list[str] = field(default_factory=list)
+
+
+def factorize(hessian_KK: Tensor, options: GptqOptions = GptqOptions()) -> Factor:
+    """Raises ValueError where the matrix is not finite, or no damping makes it definite."""
+    if not bool(hessian_KK.isfinite().all()):
+        raise ValueError("the inputs of a layer are not finite on the calibration text")
+    diagonal = hessian_KK.diagonal()
+    dead = diagonal <= 0
+    base = hessian_KK.clone()
+    mean = float(diagonal.mean()) or 1.0
+    base.diagonal().add_(torch.where(dead, mean, 0.0))
+    order = torch.arange(len(diagonal), device=base.device)
+    if options.is_ordered:
+        order = torch.argsort(diagonal, descending=True, stable=True)
+    damping = options.damping
+    while damping <= options.damping * MOST_DAMPING:
+        damped = base.clone()
+        damped.diagonal().add_(damping * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped[order][:, order])
+        if not bool(failed):
+            inverse = torch.cholesky_inverse(lower)
+            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+            if not bool(failed) and bool(upper.isfinite().all()):
+                return Factor(hessian_KK, damped, order, upper, damping, dead)
+        damping *= 10
+    raise ValueError(f"no damping up to {damping / 10:g} makes the inputs' products definite")
+
+
+def solve(
+    w_NK: Tensor,
+    factor: Factor,
+    grid: Grid,
+    options: GptqOptions = GptqOptions(),
+    *,
+    cross_KK: Tensor | None = None,
+) -> Solved:
+    """Codes and scales of one linear.
+
+    Shapes: w (N, K). cross_KK: mean of (x_fp - x) x^T, for options.alpha > 0.
+    Raises: ValueError where a weight is not finite.
+    """
+    w = w_NK.float()
+    target = w
+    if options.alpha and cross_KK is not None:
+        moved = torch.linalg.solve(factor.damped_KK, (w @ cross_KK).t()).t()
+        target = w + options.alpha * moved
+    importance = factor.damped_KK.diagonal()
+    scale, zero = grid.scales(target, importance, options.candidates)
+    columns = _Columns(grid, scale, zero, w.shape[1])
+    codes = _sweep(target, factor, columns)
+    dead = factor.dead_K
+    if bool(dead.any()):
+        codes[:, dead] = grid.encode(w, scale, zero)[:, dead]
+    for _ in range(options.descents):
+        if not _descend(target, codes, factor, columns):
+            break
+    quantized = Quantized(grid, codes, scale, zero)
+    return Solved(
+        quantized,
+        relative_error(w, quantized.dequantize(), factor.mean_KK),
+        factor.damping,
+        int(dead.sum()),
+    )
+
+
+def relative_error(w_NK: Tensor, near_NK: Tensor, hessian_KK: Tensor) -> float:
+    """||(W - V) X||^2 / ||W X||^2 of inputs with this second moment; 0 where there is no output."""
+    gap = (near_NK - w_NK).float()
+    lost = ((gap @ hessian_KK) * gap).sum(dtype=torch.float64)
+    whole = ((w_NK.float() @ hessian_KK) * w_NK).sum(dtype=torch.float64)
+    return float(lost / whole) if float(whole) > 0 else 0.0
+
+
+class _Columns:
+    """The grid with fixed scales, one column at a time."""
+
+    def __init__(self, grid: Grid, scale_NG: Tensor, zero_NG: Tensor | None, num_inputs: int):
+        self.size = grid.group or num_inputs
+        self.column = Grid(grid.kind, 0, grid.is_symmetric, grid.scale_dtype)
+        self.scale_NG, self.zero_NG = scale_NG, zero_NG
+        self.num_codes = 2**grid.bits
+
+    def _of(self, k: int) -> tuple[Tensor, Tensor | None]:
+        g = slice(k // self.size, k // self.size + 1)
+        return self.scale_NG[:, g], None if self.zero_NG is None else self.zero_NG[:, g]
+
+    def encode(self, w_N: Tensor, k: int) -> Tensor:
+        return self.column.encode(w_N[:, None], *self._of(k))[:, 0]
+
+    def decode(self, codes_N: Tensor, k: int) -> Tensor:
+        return self.column.decode(codes_N[:, None], *self._of(k))[:, 0]
+
+
+def _sweep(target_NK: Tensor, factor: Factor, columns: _Columns) -> Tensor:
+    """Codes (N, K): step 3 of this file's docstring. Inputs are rows here, to lie one by one."""
+    order = factor.order_K.tolist()
+    w_KN = target_NK.t()[factor.order_K].contiguous()
+    upper = factor.upper_KK
+    codes_KN = torch.empty(w_KN.shape, dtype=torch.uint8, device=w_KN.device)
+    roots = upper.diagonal().tolist()
+    for start in range(0, len(order), BLOCK):
+        stop = min(start + BLOCK, len(order))
+        errors = torch.empty_like(w_KN[start:stop])
+        for i in range(start, stop):
+            codes_KN[i] = columns.encode(w_KN[i], order[i])
+            near = columns.decode(codes_KN[i], order[i])
+            error = torch.sub(w_KN[i], near, out=errors[i - start]).div_(roots[i])
+            w_KN[i + 1 : stop].addr_(upper[i, i + 1 : stop], error, alpha=-1)
+        w_KN[stop:].addmm_(upper[start:stop, stop:].t(), errors, alpha=-1)
+    found = torch.empty_like(codes_KN)
+    found[factor.order_K] = codes_KN
+    return found.t().contiguous()
+
+
+def _descend(target_NK: Tensor, codes_NK: Tensor, factor: Factor, columns: _Columns) -> int:
+    """One pass of step 4; modifies the codes. Returns how many changed.
+
+    With the others fixed the loss is a parabola in one weight, so the best code is the one nearest
+    to its lowest point, v + gradient / H[k, k].
+    """
+    hessian, dead = factor.damped_KK, factor.dead_K.tolist()
+    K = codes_NK.shape[1]
+    near_KN = torch.stack([columns.decode(codes_NK[:, k], k) for k in range(K)])
+    slope_KN = hessian @ (target_NK.t() - near_KN)
+    curves = hessian.diagonal().tolist()
+    num_changed = 0
+    for start in range(0, K, BLOCK):
+        stop = min(start + BLOCK, K)
+        block = slice(start, stop)
+        changes = torch.zeros_like(near_KN[block])
+        for k in range(start, stop):
+            if dead[k]:
+                continue
+            codes = columns.encode(near_KN[k] + slope_KN[k] / curves[k], k)
+            change = torch.sub(columns.decode(codes, k), near_KN[k], out=changes[k - start])
+            num_changed += int(change.count_nonzero())
+            codes_NK[:, k] = codes
+            slope_KN[block].addr_(hessian[block, k], change, alpha=-1)
+        slope_KN[stop:].addmm_(hessian[stop:, block], changes, alpha=-1)
+    return num_changed
