@@ -10,19 +10,23 @@ BIN    := $(VENV)/bin
 export DS_BUILD_OPS = 0
 export DS_ACCELERATOR = cpu
 
-.PHONY: train test test-slow test-gpu lint bench bench-gpu plan clean
+.PHONY: kernels train test test-slow test-gpu lint bench bench-gpu plan clean
 
-train: $(READY)
+# What changed in csrc/ is compiled; without a C++ compiler it says so and torch serves every op.
+kernels: $(READY)
+	$(BIN)/python csrc/build.py
+
+train: kernels
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/torchrun --nproc-per-node $(RANKS) launch/train.py recipe=m32 $(ARGS)
 
-test: $(READY)
+test: kernels
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/pytest -m "not slow" $(ARGS)
 
-test-slow: $(READY)
+test-slow: kernels
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/pytest -m slow --timeout 1200 $(ARGS)
 
 # With a torch for CUDA in .venv; without a device the tests skip themselves.
-test-gpu: $(READY)
+test-gpu: kernels
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/pytest -m "gpu or multi_gpu" $(ARGS)
 
 lint: $(READY)
@@ -31,11 +35,11 @@ lint: $(READY)
 plan: $(READY)
 	$(BIN)/ptm plan recipe=m32 $(ARGS)
 
-bench: $(READY)
+bench: kernels
 	$(BIN)/ptm bench router $(ARGS)
 
 # States on the device, in memory, and in memory and on a disk, in turns.
-bench-gpu: $(READY)
+bench-gpu: kernels
 	$(BIN)/ptm bench tiers $(ARGS)
 
 # torch comes first and pinned: a bare `torch` pulls gigabytes of CUDA on a machine that has none.
@@ -46,4 +50,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build ptm/kernels/*.so *.egg-info .pytest_cache .ruff_cache .hypothesis

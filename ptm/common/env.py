@@ -72,6 +72,16 @@ def wandb_logged_in() -> bool:
     return netrc.is_file() and "wandb" in netrc.read_text(errors="replace")
 
 
+def kernel_backend() -> str:
+    """PTM_BACKEND: auto (the fastest that is built and runs here) or reference (torch alone)."""
+    return os.environ.get("PTM_BACKEND") or "auto"
+
+
+def cpu_isa() -> str | None:
+    """PTM_CPU_ISA: the instruction set of the CPU kernels, where it is not the machine's best."""
+    return os.environ.get("PTM_CPU_ISA") or None
+
+
 def set_default(name: str, value: str) -> None:
     """Set a variable for libraries started later, unless the user has set it."""
     os.environ.setdefault(name, value)

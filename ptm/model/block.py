@@ -32,6 +32,7 @@ class Block(nn.Module):
         These are returned, not stored, so that a block run again in the backward counts nothing
         twice.
         """
-        x_BLD = x_BLD + self.self_attn(self.input_layernorm(x_BLD), context, cache)
-        mixed = self.mlp(self.post_attention_layernorm(x_BLD), context.real_BL, router_bias_E)
+        seen_BLD = self.self_attn(self.input_layernorm(x_BLD), context, cache)
+        normed_BLD, x_BLD = self.post_attention_layernorm(seen_BLD, x_BLD)
+        mixed = self.mlp(normed_BLD, context.real_BL, router_bias_E)
         return mixed._replace(y_BLD=x_BLD + mixed.y_BLD)

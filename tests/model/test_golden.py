@@ -59,7 +59,7 @@ def watch(model: Transformer) -> dict[str, torch.Tensor]:
         block.self_attn.register_forward_hook(keep(name + "attn_out"))
         block.self_attn.lf_gate.register_forward_hook(keep(name + "lfa"))
         post = block.post_attention_layernorm
-        post.register_forward_hook(keep(name + "post_attention_layernorm"))
+        post.register_forward_hook(keep(name + "post_attention_layernorm", lambda r: r[0]))
         block.mlp.register_forward_hook(keep(name + "moe_out", lambda r: r[0]))
         block.mlp.gate.register_forward_hook(keep(name + "topk_indices", lambda r: r.ids_TA))
         block.mlp.gate.register_forward_hook(keep(name + "topk_weights", lambda r: r.weights_TA))

@@ -1,0 +1,60 @@
+// What this CPU and its kernel can do: 0 portable, 1 avx512, 2 amx (the order of ptm.h).
+#include "ptm.h"
+
+#include <initializer_list>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace {
+
+uint64_t saved_state() {  // XCR0: the registers that the operating system saves
+  uint32_t low, high;
+  __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return (uint64_t(high) << 32) | low;
+}
+
+bool all(uint32_t word, std::initializer_list<int> bits) {
+  for (int bit : bits)
+    if (!((word >> bit) & 1)) return false;
+  return true;
+}
+
+// Linux lends tiles to a process that asks; a child inherits the permission.
+bool tiles_granted() {
+#if defined(__linux__)
+  const int ARCH_REQ_XCOMP_PERM = 0x1023, XTILEDATA = 18;
+  return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XTILEDATA) == 0;
+#else
+  return false;
+#endif
+}
+
+int detect() {
+  uint32_t a, b, c, d;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || !all(c, {12, 27})) return 0;  // FMA, OSXSAVE
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
+  uint64_t saved = saved_state();
+  bool f_bw_dq_vl_cd = all(b, {3, 5, 8, 16, 17, 28, 30, 31});  // with BMI1, AVX2, BMI2
+  bool vbmi_vnni = all(c, {1, 11});
+  bool has_tiles = all(d, {22, 24, 25});  // AMX bf16, tile, int8
+  if (!f_bw_dq_vl_cd || !vbmi_vnni || (saved & 0xe6) != 0xe6) return 0;
+  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !all(a, {5})) return 0;  // AVX-512 BF16
+  return has_tiles && (saved & 0x60000) == 0x60000 && tiles_granted() ? 2 : 1;
+}
+
+}  // namespace
+#else
+namespace {
+int detect() { return 0; }
+}  // namespace
+#endif
+
+extern "C" __attribute__((visibility("default"))) int ptm_machine() {
+  static const int isa = detect();
+  return isa;
+}

@@ -1,0 +1,160 @@
+"""The door to the compiled kernels: which instruction set serves, and calls into libptm_cpu.so.
+
+csrc/build.py makes the library; docs/kernels.md has the conventions. A kernel `op` is up to three C
+functions, ptm_<op>_portable, ptm_<op>_avx512 and ptm_<op>_amx, and the highest that exists and that
+this CPU can run serves. Where there is no library, for other devices, and with
+PTM_BACKEND=reference, the plain torch of ptm/kernels/<op>.py serves instead: its public function
+asks `serves` and takes one path or the other.
+
+ctypes gives up Python's lock during a call. Arguments are pointers, 64-bit integers and doubles;
+the number of threads comes last.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ptm.common import env
+from ptm.common.errors import KernelError, line
+
+ISAS = ("portable", "avx512", "amx")  # the order of csrc/common/ptm.h
+STATUS = {1: "out of memory", 2: "shapes it cannot do", 3: "timed out", 4: "a system call failed"}
+LIBRARY = Path(__file__).with_name("libptm_cpu.so")
+BACKENDS = ("auto", "reference")
+
+_declared: list[str] = []
+_forced: list[str | None] = []
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    return ctypes.CDLL(str(LIBRARY)) if LIBRARY.exists() else None
+
+
+@cache
+def machine() -> tuple[str, ...]:
+    """The instruction sets that the library may use on this CPU, lowest first; none without one."""
+    library = _library()
+    return ISAS[: library.ptm_machine() + 1] if library is not None else ()
+
+
+@cache
+def _chosen() -> str | None:
+    backend, isa = env.kernel_backend(), env.cpu_isa()
+    if backend not in BACKENDS:
+        rule = f"is one of {', '.join(BACKENDS)}"
+        raise KernelError(line("PTM_BACKEND", backend, rule, "unset it for auto"))
+    if backend == "reference":
+        return None
+    if isa is None:
+        return machine()[-1] if machine() else None
+    if isa not in machine():
+        has = f"this machine and build have {', '.join(machine()) or 'none'}"
+        raise KernelError(line("PTM_CPU_ISA", isa, has, "unset it for the best there is"))
+    return isa
+
+
+def isa() -> str | None:
+    """The instruction set in use; None where torch serves everything.
+
+    Raises: KernelError, where PTM_BACKEND or PTM_CPU_ISA ask for what there is not.
+    """
+    return _forced[-1] if _forced else _chosen()
+
+
+@contextmanager
+def forced(isa: str | None) -> Iterator[None]:
+    """Use another instruction set of this machine, or None for torch: for tests and benchmarks."""
+    assert isa is None or isa in machine(), (isa, machine())
+    _forced.append(isa)
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def declare(*ops: str) -> None:
+    """Name the kernels of a module, for `table`."""
+    _declared.extend(ops)
+
+
+def table() -> dict[str, str]:
+    """What serves each declared op on the CPU: an instruction set, or `reference`."""
+    return {op: _backend(op, isa()) or "reference" for op in _declared}
+
+
+def has(name: str) -> bool:
+    """Whether a kernel of that name serves on the CPU."""
+    return _backend(name, isa()) is not None
+
+
+# torch.compile takes the answer as it is and does not look inside. This is all that
+# torch.compiler.assume_constant_result does, without its import of the compiler: 0.9 s.
+has._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def serves(name: str, *rows: Tensor) -> bool:
+    """Whether the kernel takes these rows: on the CPU, all fp32 or all bf16, dense."""
+    kind = rows[0].dtype
+    return (
+        (kind is torch.float32 or kind is torch.bfloat16)
+        and all(t.dtype is kind and t.device.type == "cpu" for t in rows)
+        and all(t.layout is torch.strided for t in rows)
+        and has(name)
+    )
+
+
+@cache
+def _backend(name: str, highest: str | None) -> str | None:
+    if highest is None:
+        return None
+    library = _library()
+    usable = ISAS[: ISAS.index(highest) + 1]
+    return next((i for i in reversed(usable) if hasattr(library, f"ptm_{name}_{i}")), None)
+
+
+@cache
+def _function(name: str, highest: str | None):
+    backend = _backend(name, highest)
+    if backend is None:
+        raise KernelError(line("kernel", name, f"not built for {highest}", "run csrc/build.py"))
+    return getattr(_library(), f"ptm_{name}_{backend}")
+
+
+def call(name: str, *args: Tensor | int | float | None) -> None:
+    """Run a kernel. Tensors go as pointers (None as null), ints as int64, floats as double.
+
+    Raises: KernelError, where a tensor is not a contiguous one in memory or the kernel fails.
+    """
+    function = _function(name, isa())
+    status = function(*_converted(name, args), ctypes.c_int64(torch.get_num_threads()))
+    if status:
+        what = STATUS.get(status, f"status {status}")
+        raise KernelError(line("kernel", name, what, f"called with {_shapes(args)}"))
+
+
+def _converted(name: str, args: Sequence[Tensor | int | float | None]) -> list:
+    out: list = []
+    for i, arg in enumerate(args):
+        if isinstance(arg, Tensor):
+            if arg.device.type != "cpu" or not arg.is_contiguous():
+                what = f"argument {i} of shape {tuple(arg.shape)}, strides {arg.stride()}"
+                rule = f"{what} on {arg.device} is not contiguous in memory"
+                raise KernelError(line("kernel", name, rule, "pass it .contiguous()"))
+            out.append(ctypes.c_void_p(arg.data_ptr()))
+        elif isinstance(arg, float):
+            out.append(ctypes.c_double(arg))
+        else:
+            out.append(ctypes.c_void_p(None) if arg is None else ctypes.c_int64(arg))
+    return out
+
+
+def _shapes(args: Sequence[Tensor | int | float | None]) -> str:
+    return ", ".join(str(tuple(a.shape)) if isinstance(a, Tensor) else str(a) for a in args)
