@@ -5,7 +5,8 @@ mesh, hands callables from job to job (the trainer gets `save` and `evaluate`), 
 everything in the reverse order.
 
     recipe -> plan (refuse before anything is allocated) -> mesh -> run folder -> data -> model
-           -> engine -> weights (resume | init_from | new) -> loop -> sample, report
+           -> engine -> weights (resume | init_from | new) -> mode (batches, objective, evaluate)
+           -> loop -> sample, report
 """
 
 from __future__ import annotations
@@ -29,11 +30,10 @@ from ptm.mesh.mesh import open_mesh
 from ptm.mesh.peers import Peers
 from ptm.model.config import ModelConfig, Scale, flops_per_token
 from ptm.model.transformer import Transformer
+from ptm.modes import Mode, Setup, open_mode
 from ptm.parts import (
     DTYPES,
-    Batches,
     build_model,
-    evaluate,
     first_weights,
     note_saved,
     on_main,
@@ -50,7 +50,6 @@ from ptm.serve.generator import Sampling, stream_text
 from ptm.trainer.config import TrainConfig
 from ptm.trainer.loop import Run, fit
 from ptm.trainer.metrics import Metrics
-from ptm.trainer.objectives import OBJECTIVES, ObjectiveKind
 
 SAMPLE = Sampling(prompt="import os\n\n\nclass", max_new_tokens=160, temperature=0.8, top_p=0.9)
 
@@ -113,6 +112,7 @@ class Parts:
     """What `finish` needs after the loop."""
 
     run: Run
+    mode: Mode
     corpus: Corpus
     model: Transformer
     saver: Saver
@@ -168,26 +168,15 @@ def open_run(recipe: Recipe, plan: Plan) -> Iterator[Parts]:
             world=mesh.world,
             peak_gflops_per_rank=round(peak / 1e9, 1),
         )
-        num_rows = recipe.train.batch_tokens // recipe.train.seq_len
-        rows = functools.partial(
-            Batches,
-            mesh=mesh,
-            seq_len=recipe.train.seq_len,
-            isolate_documents=recipe.model.isolate_documents,
-            micro_batch_size=recipe.train.micro_batch_size,
-        )
-        batches = stack.enter_context(
-            rows(corpus.train, num_rows=num_rows, prefetch=recipe.data.prefetch)
-        )
-        held_out_batches = rows(corpus.held_out, num_rows=recipe.eval.rows)
+        mode = open_mode(Setup(recipe, mesh, peers, corpus, model, metrics, state.step, stack))
         tokenizer_folder = recipe.run_dir / "tokenizer"
         on_main(peers, lambda: corpus.tokenizer.save(tokenizer_folder))
         run = Run(
             train=recipe.train,
             mesh=mesh,
             engine=engine,
-            objective=OBJECTIVES[ObjectiveKind.pretrain],
-            batches=batches,
+            objective=mode.objective,
+            batches=mode.batches,
             state=state,
             metrics=metrics,
             flops_per_token=flops_per_token(recipe.model, recipe.train.seq_len),
@@ -195,17 +184,22 @@ def open_run(recipe: Recipe, plan: Plan) -> Iterator[Parts]:
             save_every=recipe.checkpoint.interval,
             evaluate_every=recipe.eval.interval,
             save=functools.partial(save, recipe, engine, saver, tokenizer_folder),
-            evaluate=functools.partial(evaluate, model, corpus, held_out_batches, mesh),
+            evaluate=mode.evaluate,
+            metric_names=mode.metric_names,
+            summary=mode.summary,
+            best_key=mode.best_key,
         )
-        yield Parts(run, corpus, model, saver)
+        yield Parts(run, mode, corpus, model, saver)
 
 
 def finish(recipe: Recipe, parts: Parts) -> None:
     """After the last step: say how good the model is, show a sample, write the report."""
     is_main = parts.run.mesh.is_main
     parts.run.metrics.close()
-    best = parts.run.state.best_bits_per_byte
-    say(f"held-out bits per byte: {best:.4f} at best" if best is not None else "not evaluated")
+    best, name = parts.run.state.best, parts.mode.best_name
+    say(f"{name}: {best:.4f} at best" if best is not None else "not evaluated")
+    if parts.mode.finish is not None:
+        parts.mode.finish()
     say(f"a sample, temperature {SAMPLE.temperature}:\n")
     # Weights are sharded: every rank makes the sample, one shows it.
     # Each token takes all weights; where they come from a disk every time, a few must do.

@@ -271,6 +271,7 @@ def note_saved(metrics: Metrics, saved: Saved) -> None:
     )
 
 
-def evaluate(model: Transformer, corpus: Corpus, batches: Batches, mesh: Mesh) -> dict[str, float]:
+def evaluate(model: nn.Module, corpus: Corpus, batches: Batches, mesh: Mesh) -> dict[str, float]:
+    """Loss and bits per byte of held-out text."""
     token_bytes = torch.as_tensor(corpus.tokenizer.token_bytes(), device=mesh.device)
     return held_out(model, batches.micro_batches(0), token_bytes=token_bytes, mesh=mesh)

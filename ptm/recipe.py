@@ -36,7 +36,7 @@ from ptm.eval.config import EvalConfig
 from ptm.model.config import ModelConfig, Scale
 from ptm.optim.config import OptimConfig
 from ptm.recipe_files import RecipeFile, read_chain
-from ptm.trainer.config import TrainConfig
+from ptm.trainer.config import ObjectiveKind, TrainConfig
 from ptm.trainer.metrics import LogConfig
 
 DEFAULT = "m32"
@@ -70,6 +70,8 @@ class Recipe:
     resume: Resume = Resume.auto
     """auto: go on from the newest good checkpoint, if any; must: refuse without one; never: refuse
     a folder in use."""
+    mode: ObjectiveKind = ObjectiveKind.pretrain
+    "What is trained: pretrain, the text of data.source."
     dry_run: bool = False
     "Print the recipe, the plan and the memory table, then stop."
     run: RunConfig = RunConfig()

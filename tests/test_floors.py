@@ -30,7 +30,7 @@ FLOOR = {package: floor for floor, packages in enumerate(FLOORS) for package in 
 # Files directly in ptm/, and packages, that are parts of one room.
 ROOMS = {
     "recipe": {"recipe", "recipe_files", "jobs", "run_folder"},
-    "wiring": {"build", "parts", "verbs", "bench", "cli", "__init__", "__main__"},
+    "wiring": {"build", "modes", "parts", "verbs", "bench", "cli", "__init__", "__main__"},
 }
 ROOM_OF = {name: room for room, names in ROOMS.items() for name in names}
 

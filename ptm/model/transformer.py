@@ -10,7 +10,8 @@ Parameter names are the published ones, but for the experts, which are stacked: 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -40,6 +41,8 @@ class Loss(NamedTuple):
     nll_sum: Tensor
     tokens: Tensor
     aux_sum: Tensor | None = None
+    metrics: Mapping[str, Tensor] = MappingProxyType({})
+    "More sums, by name; a training mode may have some."
 
     @property
     def total(self) -> Tensor:

@@ -5,6 +5,12 @@ from __future__ import annotations
 from ptm.common.config import Choice, config, ranged
 
 
+class ObjectiveKind(Choice):
+    """Training modes: each a source of batches and an objective (ptm/modes.py)."""
+
+    pretrain = "pretrain"
+
+
 class Schedule(Choice):
     cosine = "cosine"
     constant = "constant"

@@ -7,7 +7,7 @@ boundaries that all ranks agree on, and leaves by an exception that carries the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -32,6 +32,17 @@ class Batches(Protocol):
     def micro_batches(self, step: int) -> Sequence[Any]: ...
 
 
+class Summary(Protocol):
+    """What is logged of a step's metrics, sums over all ranks, and its tokens."""
+
+    def __call__(self, sums: Mapping[str, float], tokens: int) -> Mapping[str, float]: ...
+
+
+def per_token(sums: Mapping[str, float], tokens: int) -> Mapping[str, float]:
+    """Each sum divided by the step's tokens."""
+    return {name: total / max(tokens, 1) for name, total in sums.items()}
+
+
 @dataclass(frozen=True)
 class Run:
     """Everything the loop needs, wired by ptm/build.py."""
@@ -50,6 +61,11 @@ class Run:
     save: Callable[..., None]
     """save(state, is_best=, block=)"""
     evaluate: Callable[[], dict[str, float]]
+    metric_names: tuple[str, ...] = ()
+    "Sums of the objective's that are to be logged."
+    summary: Summary = per_token
+    best_key: str = "eval_bits_per_byte"
+    "Which of the evaluation's numbers tells the best step, the one where it is lowest."
 
 
 def fit(run: Run) -> None:
@@ -69,6 +85,7 @@ def fit(run: Run) -> None:
                 lr=lr,
                 flags=[float(bool(stop))],
                 device=run.mesh.device,
+                metric_names=run.metric_names,
             )
             sync(run.mesh.device)
             _advance(state, outcome, run.engine.updates)
@@ -78,7 +95,7 @@ def fit(run: Run) -> None:
             is_best = False
             if due(state.step, run.evaluate_every) or is_last:
                 values |= run.evaluate()
-                is_best = _note_best(state, values)
+                is_best = _note_best(state, values[run.best_key])
                 clock.take()
                 traffic.take()
             run.metrics.log(state.step, values)
@@ -139,10 +156,9 @@ def _advance(state: TrainState, outcome: Outcome, updates: int) -> None:
     state.skipped_in_a_row = state.skipped_in_a_row + 1 if outcome.is_skipped else 0
 
 
-def _note_best(state: TrainState, values: dict[str, Any]) -> bool:
-    found = values["eval_bits_per_byte"]
-    if state.best_bits_per_byte is None or found < state.best_bits_per_byte:
-        state.best_bits_per_byte = found
+def _note_best(state: TrainState, found: float) -> bool:
+    if state.best is None or found < state.best:
+        state.best = found
         return True
     return False
 
@@ -172,6 +188,7 @@ def _values(
         "skipped": run.state.skipped,
         "aux_loss": outcome.flags[1] / max(outcome.tokens, 1),
         "expert_load": expert_load(counts_LE, ep=run.mesh.ep.size()),
+        **run.summary(dict(zip(run.metric_names, outcome.flags[2:])), outcome.tokens),
     }
 
 

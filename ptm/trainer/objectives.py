@@ -7,17 +7,20 @@ weighs more than its tokens (trl#6085, transformers#34191 are what happens other
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from enum import Enum
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from torch import Tensor, nn
+
+from ptm.trainer.config import ObjectiveKind
 
 
 class Loss(Protocol):
     """nll_sum: scalar fp32, reported as the loss; tokens: scalar int64, how many it sums over;
     aux_sum: scalar of a loss beside it, summed over the same tokens, None without; total: both,
-    with a graph, what the backward starts from."""
+    with a graph, what the backward starts from. A mode that weighs by something else than tokens
+    reports that count as `tokens`. metrics: more scalar sums by name, which the step adds up over
+    micro-batches and ranks."""
 
     @property
     def nll_sum(self) -> Tensor: ...
@@ -27,13 +30,11 @@ class Loss(Protocol):
     def aux_sum(self) -> Tensor | None: ...
     @property
     def total(self) -> Tensor: ...
+    @property
+    def metrics(self) -> Mapping[str, Tensor]: ...
 
 
 Objective = Callable[[nn.Module, Any], Loss]
-
-
-class ObjectiveKind(str, Enum):
-    pretrain = "pretrain"
 
 
 def pretrain(model: nn.Module, batch: Any) -> Loss:

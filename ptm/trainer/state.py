@@ -23,13 +23,15 @@ class TrainState:
     tokens: int = 0
     skipped: int = 0
     skipped_in_a_row: int = 0
-    best_bits_per_byte: float | None = None
+    best: float | None = None
+    "The lowest so far of what the mode calls its best (Run.best_key)."
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> TrainState:
+        values = {"best": values.get("best_bits_per_byte"), **values}  # its name before modes
         return cls(**{f.name: values[f.name] for f in fields(cls)})
 
 

@@ -107,12 +107,18 @@ def train_step(
     lr: float,
     flags: list[float],
     device: torch.device,
+    metric_names: Sequence[str] = (),
 ) -> Outcome:
     """Run one step over this rank's micro-batches: as many on every rank, some maybe without
-    rows."""
+    rows.
+
+    The outcome's flags are those given, the balance loss, and the metrics of `metric_names`, all
+    summed over the micro-batches of all ranks.
+    """
     nll_sum = torch.zeros((), dtype=torch.float64, device=device)
     aux_sum = torch.zeros((), dtype=torch.float64, device=device)
     tokens = torch.zeros((), dtype=torch.int64, device=device)
+    metrics = torch.zeros(len(metric_names), dtype=torch.float64, device=device)
     engine.model.train()
     for i, batch in enumerate(batches, start=1):
         loss = objective(engine.model, batch)
@@ -120,5 +126,9 @@ def train_step(
         if loss.aux_sum is not None:
             aux_sum += loss.aux_sum.detach()
         tokens += loss.tokens
+        for j, name in enumerate(metric_names):
+            if name in loss.metrics:
+                metrics[j] += loss.metrics[name].detach()
         engine.backward(loss.total, is_last=i == len(batches), tokens=tokens, lr=lr)
-    return engine.step(nll_sum=nll_sum, tokens=tokens, lr=lr, flags=[*flags, float(aux_sum)])
+    flags = [*flags, float(aux_sum), *metrics.tolist()]
+    return engine.step(nll_sum=nll_sum, tokens=tokens, lr=lr, flags=flags)

@@ -1,0 +1,93 @@
+"""Training modes: what `mode` in a recipe stands for. One loop runs them all.
+
+A mode is a source of batches, an objective, and what to evaluate; `MODES` maps each kind to the
+function that makes it from what is open already (`Setup`). Batches are a pure function of the step,
+so order, resume and ranks need nothing from a mode.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from ptm.data.corpus import Corpus, Split
+from ptm.mesh.mesh import Mesh
+from ptm.mesh.peers import Peers
+from ptm.model.transformer import Transformer
+from ptm.parts import Batches, evaluate
+from ptm.recipe import Recipe
+from ptm.trainer.config import ObjectiveKind
+from ptm.trainer.loop import Batches as StepBatches
+from ptm.trainer.loop import Summary, per_token
+from ptm.trainer.metrics import Metrics
+from ptm.trainer.objectives import OBJECTIVES, Objective
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a mode is made from; all of it is open, and the model has its weights."""
+
+    recipe: Recipe
+    mesh: Mesh
+    peers: Peers
+    corpus: Corpus
+    model: Transformer
+    metrics: Metrics
+    step: int
+    "Steps that are done: 0 in a new run."
+    stack: ExitStack
+    "Closes what a mode opens."
+
+    def text(self, split: Split, *, num_rows: int, prefetch: int = 0) -> Batches:
+        """This rank's rows of a split of the corpus, closed with the run."""
+        batches = Batches(
+            split,
+            self.mesh,
+            seq_len=self.recipe.train.seq_len,
+            isolate_documents=self.recipe.model.isolate_documents,
+            micro_batch_size=self.recipe.train.micro_batch_size,
+            num_rows=num_rows,
+            prefetch=prefetch,
+        )
+        return self.stack.enter_context(batches)
+
+    def held_out_text(self) -> Callable[[], dict[str, float]]:
+        """Loss and bits per byte of the corpus's held-out text."""
+        batches = self.text(self.corpus.held_out, num_rows=self.recipe.eval.rows)
+        return functools.partial(evaluate, self.model, self.corpus, batches, self.mesh)
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.recipe.train.batch_tokens // self.recipe.train.seq_len
+
+
+@dataclass(frozen=True)
+class Mode:
+    """What the loop gets of a mode; see ptm/trainer/loop.py's Run for the last four."""
+
+    objective: Objective
+    batches: StepBatches
+    evaluate: Callable[[], dict[str, float]]
+    metric_names: tuple[str, ...] = ()
+    summary: Summary = per_token
+    best_key: str = "eval_bits_per_byte"
+    best_name: str = "held-out bits per byte"
+    finish: Callable[[], None] | None = None
+    "Run on every rank after the last step, before the sample and the report."
+
+
+def open_mode(setup: Setup) -> Mode:
+    """The mode of a recipe."""
+    return MODES[setup.recipe.mode](setup)
+
+
+def pretrain(setup: Setup) -> Mode:
+    """Text, packed; the loss of every token."""
+    prefetch = setup.recipe.data.prefetch
+    batches = setup.text(setup.corpus.train, num_rows=setup.rows_per_step, prefetch=prefetch)
+    return Mode(OBJECTIVES[ObjectiveKind.pretrain], batches, setup.held_out_text())
+
+
+MODES: dict[ObjectiveKind, Callable[[Setup], Mode]] = {ObjectiveKind.pretrain: pretrain}
