@@ -60,14 +60,14 @@ class Verb(NamedTuple):
     "Called with the config; returns an exit code or None."
     positionals: tuple[str, ...] = ()
     others: dict[str, tuple[str, str]] = {}
-    "First word -> the config that it has instead, and that one's positional."
+    "First word -> the config that it has instead, and that one's positionals."
 
     def told(self, words: list[str]) -> Verb:
         """This verb as its first word makes it."""
         if not words or words[0] not in self.others:
             return self
         config, positional = self.others[words[0]]
-        return self._replace(config=config, positionals=(positional,))
+        return self._replace(config=config, positionals=tuple(positional.split()))
 
 
 VERBS = {
@@ -90,6 +90,13 @@ VERBS = {
         "ptm.export.config:ConvertConfig",
         "ptm.export.convert:convert",
         ("source", "out"),
+    ),
+    "export": Verb(
+        "Quantize a model: GPTQ int4 and int8, FP6, in files that others read.",
+        "ptm.export.config:ExportConfig",
+        "ptm.verbs_export:export",
+        ("run",),
+        {"verify": ("ptm.export.config:VerifyConfig", "action export run")},
     ),
     "data": Verb(
         "Prepare or check the text of a recipe.", "ptm.jobs:DataJob", "ptm.verbs:data", ("action",)

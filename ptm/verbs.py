@@ -6,6 +6,7 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -45,6 +46,16 @@ from ptm.planner.hardware import counted
 from ptm.recipe import difference, load_recipe
 from ptm.report.html import write_report
 from ptm.serve.generator import Sampling, stream_text
+
+
+class TextJob(Protocol):
+    """What says which text to evaluate on."""
+
+    @property
+    def source(self) -> str | None: ...
+    @property
+    def seq_len(self) -> int | None: ...
+
 
 BENCHES = {"router": router.run, "updates": updates.run}
 STEP_BENCHES = {"engines": engines.run, "wire": wire.run, "tiers": tiers.run}
@@ -107,8 +118,8 @@ def show_schedule(job: PlanJob, trace: Trace, terms: Terms) -> None:
 
 def generate(job: GenerateJob) -> None:
     """Stream a continuation of the prompt to stdout."""
-    opened, folder = _open(job.run, job.step)
-    tokenizer = load_tokenizer(_tokenizer_of(opened, folder))
+    opened, folder = open_folder(job.run, job.step)
+    tokenizer = load_tokenizer(tokenizer_of(opened, folder))
     model = module_of(opened, folder).to(best_device())
     sampling = Sampling(job.prompt, job.max_new_tokens, job.temperature, job.top_p, job.seed)
     for text in stream_text(model, tokenizer, sampling):
@@ -118,10 +129,10 @@ def generate(job: GenerateJob) -> None:
 
 def evaluate(job: EvalJob) -> None:
     """Print held-out loss, perplexity and bits per byte of a model; every rank takes part."""
-    opened, folder = _open(job.run, job.step)
+    opened, folder = open_folder(job.run, job.step)
     mesh = open_mesh(600)
     model = module_of(opened, folder).to(mesh.device)
-    corpus, seq_len = _text(job, Path(job.run), _tokenizer_of(opened, folder), model)
+    corpus, seq_len = held_out_text(job, Path(job.run), tokenizer_of(opened, folder), model)
     batches = Batches(
         corpus.held_out,
         mesh,
@@ -141,7 +152,9 @@ def evaluate(job: EvalJob) -> None:
     mesh.close()
 
 
-def _text(job: EvalJob, run: Path, tokenizer: Path, model: Transformer) -> tuple[Corpus, int]:
+def held_out_text(
+    job: TextJob, run: Path, tokenizer: Path, model: Transformer
+) -> tuple[Corpus, int]:
     """The text to evaluate on: what the job names, else what the run held out."""
     recipes = (run / "recipe.yaml", run.parent.parent / "recipe.yaml")
     recipe_file = next((path for path in recipes if path.is_file()), None)
@@ -212,7 +225,7 @@ def recipe_words(job: StepBenchJob) -> tuple[str, ...]:
     return (*named, *(f"{key}={show(here)}" for key, (_, here) in changed.items()))
 
 
-def _open(run: str, step: int | None) -> tuple[Opened, Path]:
+def open_folder(run: str, step: int | None) -> tuple[Opened, Path]:
     """What is in a folder, said on stderr where it is not what was asked for."""
     folder = model_folder(run, step)
     opened = open_model(folder)
@@ -222,7 +235,7 @@ def _open(run: str, step: int | None) -> tuple[Opened, Path]:
     return opened, folder
 
 
-def _tokenizer_of(opened: Opened, folder: Path) -> Path:
+def tokenizer_of(opened: Opened, folder: Path) -> Path:
     files = [*opened.tokenizer.glob("tokenizer.json"), *opened.tokenizer.glob("*.model")]
     if not files:
         remedy = "put its tokenizer.json or tokenizer.model there"

@@ -30,7 +30,17 @@ FLOOR = {package: floor for floor, packages in enumerate(FLOORS) for package in 
 # Files directly in ptm/, and packages, that are parts of one room.
 ROOMS = {
     "recipe": {"recipe", "recipe_files", "jobs", "run_folder"},
-    "wiring": {"build", "modes", "parts", "verbs", "bench", "cli", "__init__", "__main__"},
+    "wiring": {
+        "build",
+        "modes",
+        "parts",
+        "verbs",
+        "verbs_export",
+        "bench",
+        "cli",
+        "__init__",
+        "__main__",
+    },  # fmt: skip
 }
 ROOM_OF = {name: room for room, names in ROOMS.items() for name in names}
 

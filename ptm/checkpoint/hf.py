@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ptm.checkpoint import hf_config
+from ptm.checkpoint import hf_config, quant_config
+from ptm.checkpoint.dequant import QuantSource
 from ptm.checkpoint.manifest import write_file
 from ptm.checkpoint.safetensors_file import MAX_HEADER_BYTES
 from ptm.checkpoint.shards import OnPiece, write_shards
@@ -70,13 +71,20 @@ class Opened(NamedTuple):
     notes: tuple[str, ...]
     folder: Path
     """Where the weights are: of a run, the step that was taken."""
+    quantized: QuantSource | None = None
+    "The codes under published names, where the folder is an export."
 
 
 def open_hf(folder: Path) -> Opened:
     """Open a published folder. Raises CheckpointError naming the file, key or tensor at fault."""
-    parsed = hf_config.parse(read_json(folder, hf_config.FILE))
+    keys = read_json(folder, hf_config.FILE)
+    quantization = keys.pop(quant_config.KEY, None)
+    parsed = hf_config.parse(keys)
     model, notes = parsed.model, list(parsed.notes)
-    source = _open_weights(folder)
+    source: TensorSource = _open_weights(folder)
+    quantized = None
+    if quantization is not None:
+        source = quantized = QuantSource(source, quant_config.parse(quantization))
     names = [name for name in source.names() if not name.endswith("rotary_emb.inv_freq")]
     if len(names) < len(source.names()):
         notes.append("rotary_emb.inv_freq ignored: computed from the configuration")
@@ -89,7 +97,7 @@ def open_hf(folder: Path) -> Opened:
         _check_tied(kept)
     weights = RowsSource(kept, imported(model, layout))
     origin = Origin(layout, tied_copy, parsed.carried)
-    return Opened(model, weights, origin, folder, tuple(notes), folder)
+    return Opened(model, weights, origin, folder, tuple(notes), folder, quantized)
 
 
 def write_hf(

@@ -137,8 +137,10 @@ def parse(keys: dict[str, Any]) -> Parsed:
     if "YuanForCausalLM" not in names:
         raise _refuse("architectures", names, "must name YuanForCausalLM", "use that model's code")
     try:
-        # As trained: angles rounded as Megatron did, packed documents in each other's sight.
-        model = ModelConfig(rope_mode=RopeMode.megatron, isolate_documents=False, **values)
+        # As trained: angles rounded as Megatron did, packed documents in each other's sight unless
+        # the file says that they were kept apart, as it does for models of ours.
+        is_apart = keys.get("reset_attention_mask") is True
+        model = ModelConfig(rope_mode=RopeMode.megatron, isolate_documents=is_apart, **values)
     except RecipeError as error:
         raise CheckpointError(f"{FILE}: {error}") from None
     if num_published(model) > MAX_TENSORS:
@@ -183,7 +185,8 @@ def _fresh(model: ModelConfig, ids: dict[str, Any]) -> dict[str, Any]:
         "intermediate_size": model.moe_intermediate_size,
         "model_max_length": model.max_position_embeddings,
     }
-    return {**_DEFAULTS, **lengths, **ids}
+    resets = ("reset_attention_mask", "reset_position_ids")
+    return {**_DEFAULTS, **lengths, **ids, **dict.fromkeys(resets, model.isolate_documents)}
 
 
 def _check_rest(

@@ -1,8 +1,10 @@
-"""What `ptm convert` can be told; apart from the work, so that errors need no torch."""
+"""What `ptm convert` and `ptm export` can be told; apart from the work, so that errors need no
+torch."""
 
 from __future__ import annotations
 
 from ptm.common.config import Choice, config, ranged
+from ptm.common.errors import RecipeError, line
 from ptm.model.hf_names import Layout
 
 
@@ -35,3 +37,115 @@ class ConvertConfig:
     "Number format of the weights written; null keeps every bit as it is."
     shard_bytes: int = ranged(5 * 2**30, least=2**20)
     "Most bytes in one file, unless one tensor is larger."
+
+
+class ExportFormat(Choice):
+    """How an export stores quantized weights."""
+
+    gptq = "gptq"
+    compressed_tensors = "compressed-tensors"
+    fp6 = "fp6"
+
+
+class Fp6(Choice):
+    """The six-bit grids."""
+
+    e3m2 = "e3m2"
+    e2m3 = "e2m3"
+
+
+class Layers(Choice):
+    """Which linears are quantized."""
+
+    default = "default"
+    published = "published"
+
+
+class Method(Choice):
+    """How codes are chosen."""
+
+    gptq = "gptq"
+    nearest = "nearest"
+
+
+@config
+class ExportConfig:
+    run: str
+    "Run folder, one of its checkpoints, or a published model folder."
+    out: str | None = None
+    "Folder to write; null is RUN/export/FORMAT-BITS."
+    format: ExportFormat = ExportFormat.gptq
+    """gptq: what transformers, vLLM and GPTQModel read; compressed-tensors: pack-quantized; fp6:
+    TC-FPx's 4+2 split."""
+    bits: int = ranged(4, least=4, most=8)
+    "Bits of a weight: 4 or 8; 6 with format=fp6."
+    group: int = ranged(128, least=0, most=2**16)
+    "Inputs that share a scale; 0 is one scale for each output."
+    symmetric: bool = True
+    "Grids without zero points."
+    fp6: Fp6 = Fp6.e2m3
+    "The grid of format=fp6: e2m3 is finer, e3m2 is FP6-LLM's."
+    layers: Layers = Layers.default
+    """default: attention and experts; published: the router too, as the published M32 has it."""
+    method: Method = Method.gptq
+    "gptq: by what the inputs are on calibration text; nearest: without text."
+    rows: int = ranged(128, least=1, most=1_000_000)
+    "Rows of calibration text at first; more are added for experts that see too little."
+    seq_len: int | None = ranged(None, least=2, most=2**20)
+    "Tokens in a row; null is the run's train.seq_len."
+    source: str | None = None
+    "Text to calibrate on, as in data.source; null is what the run trains on."
+    step: int | None = ranged(None, least=0)
+    "Step of the checkpoint; null is the newest good one."
+    seed: int = ranged(0, least=0, most=2**31 - 1)
+    "Which rows are taken."
+    micro_batch_size: int = ranged(8, least=1)
+    "Rows in one forward pass."
+    damping: float = ranged(0.01, above=0.0, most=1.0)
+    "Added to the inputs' products, of their mean diagonal; raised where it is too little."
+    candidates: int = ranged(24, least=0, most=1000)
+    "Scales tried for each group; 0 takes the plain one."
+    descents: int = ranged(3, least=0, most=100)
+    "Passes over the codes after GPTQ's own."
+    alpha: float = ranged(0.0, least=0.0, most=1.0)
+    "How far outputs are kept those of the whole model (GPTAQ) and not of this layer alone."
+
+    def check(self) -> None:
+        """Raise RecipeError where two keys contradict each other."""
+        wanted = (6,) if self.format is ExportFormat.fp6 else (4, 8)
+        if self.bits not in wanted:
+            rule = f"format={self.format} has {' or '.join(map(str, wanted))}"
+            other = "give format=fp6" if self.bits == 6 else f"give bits={wanted[0]}"
+            raise RecipeError(line("bits", self.bits, rule, other))
+        if self.format is ExportFormat.fp6 and not self.symmetric:
+            raise RecipeError(line("symmetric", "false", "fp6 has no zero points", "leave it out"))
+
+
+@config
+class VerifyConfig:
+    action: str
+    "verify."
+    export: str
+    "Folder that ptm export wrote."
+    run: str
+    "What it was made from: a run folder, one of its checkpoints, or a published model folder."
+    step: int | None = ranged(None, least=0)
+    "Step of the checkpoint; null is the newest good one."
+    rows: int = ranged(64, least=1)
+    "Rows of held-out text."
+    seq_len: int | None = ranged(None, least=2, most=2**20)
+    "Tokens in a row; null is the run's train.seq_len."
+    source: str | None = None
+    "Text to compare on, all of it, as in data.source; null is what the run held out."
+    micro_batch_size: int = ranged(4, least=1)
+    "Rows in one forward pass."
+    plain: str | None = None
+    "Another export to show beside it, as of plain GPTQ (candidates=0 descents=0)."
+    max_loss: float | None = ranged(None, least=0.0)
+    "Most held-out loss over that of the run, in per cent; more ends with code 1."
+    max_kl: float | None = ranged(None, least=0.0)
+    "Most mean KL divergence from the run's predictions, in nats; more ends with code 1."
+    json: str | None = None
+    "File that takes the numbers as JSON."
+    plot: str | None = None
+    "SVG file that takes the drawing; null is verify.svg in the export."

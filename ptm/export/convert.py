@@ -66,7 +66,7 @@ def convert(config: ConvertConfig) -> None:
                 folder, opened, dtype=dtype, shard_bytes=config.shard_bytes, on_piece=show
             )
         else:
-            ids = _finish_tokenizer(opened, folder)
+            ids = finish_tokenizer(opened, folder)
             write_hf(
                 folder,
                 opened,
@@ -87,7 +87,7 @@ def convert(config: ConvertConfig) -> None:
     console.print(f"{out}: {count:,} parameters as {config.to}", markup=False, soft_wrap=True)
 
 
-def _finish_tokenizer(opened: Opened, folder: Path) -> dict[str, int | None]:
+def finish_tokenizer(opened: Opened, folder: Path) -> dict[str, int | None]:
     # The ids that config.json needs, and what a tokenizer trained here lacks beside its own file.
     # The published code pads, begins and ends with one token, <eod>, and never adds it by itself.
     if opened.origin is not None or not opened.tokenizer.is_dir():

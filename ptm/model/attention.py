@@ -59,13 +59,20 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(width, hidden, bias=False)
 
     def forward(self, n_BLD: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
+        return self.o_proj(self.attend(self.filter(n_BLD, context, cache), n_BLD, context, cache))
+
+    def filter(self, n_BLD: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
+        """The rows that queries and keys are read from, (B, L, D)."""
+        if cache is None:
+            return self.lf_gate(n_BLD, context.connected_BL)
+        return self.lf_gate(cache.filter_input(n_BLD), context.connected_BL)[:, 2:]
+
+    def attend(
+        self, z_BLD: Tensor, n_BLD: Tensor, context: Context, cache: LayerCache | None = None
+    ) -> Tensor:
+        """What o_proj reads, (B, L, H x K)."""
         B, L, _ = n_BLD.shape
         H, K = self.num_heads, self.head_dim
-        if cache is None:
-            z_BLD = self.lf_gate(n_BLD, context.connected_BL)
-        else:
-            z_BLD = self.lf_gate(cache.filter_input(n_BLD), context.connected_BL)[:, 2:]
-
         qk_BLHCK = torch.cat([self.q_proj(z_BLD), self.k_proj(z_BLD)], dim=-1).view(B, L, H, 2, K)
         q_BHLK, k_BHLK = rope(qk_BLHCK, context.cos_BLR, context.sin_BLR).unbind(0)
         v_BHLK = self.v_proj(n_BLD).view(B, L, H, K).transpose(1, 2)
@@ -74,4 +81,4 @@ class Attention(nn.Module):
 
         dropout = self.dropout if self.training else 0.0
         out_BHLK = causal_attention(q_BHLK, k_BHLK, v_BHLK, context.see_BLS, dropout=dropout)
-        return self.o_proj(out_BHLK.transpose(1, 2).reshape(B, L, H * K))
+        return out_BHLK.transpose(1, 2).reshape(B, L, H * K)

@@ -1,0 +1,95 @@
+"""The model card of an export, and the table that the verb prints: what it is, and how good."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from ptm.common.units import format_bytes
+from ptm.export.config import ExportConfig, Method
+from ptm.model.config import ModelConfig, num_parameters
+
+
+class Found(Protocol):
+    """What is read of a record of ptm/export/quantize.py."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def error(self) -> float | None: ...
+    @property
+    def nearest(self) -> float | None: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def own(self) -> int | None: ...
+    @property
+    def damping(self) -> float | None: ...
+
+
+def kind_of(name: str) -> str:
+    """What a linear is in its layer: q_proj, experts.w1, gate.query."""
+    inner = name.partition("model.layers.")[2].partition(".")[2]
+    parts = [p for p in inner.split(".") if not p.isdigit()]
+    return ".".join(parts[1:]) if parts[0] in ("mlp", "self_attn") else inner
+
+
+def table(records: Sequence[Found]) -> list[tuple[str, int, str, str]]:
+    """Rows of (kind, linears, error, nearest) in the order of a layer."""
+    kinds: dict[str, list[Found]] = {}
+    for record in records:
+        kinds.setdefault(kind_of(record.name), []).append(record)
+    shown = []
+    for kind, found in kinds.items():
+        errors = [
+            f"{sum(values) / len(values):.2e}"
+            if (values := [v for r in found if (v := getattr(r, key)) is not None])
+            else "-"
+            for key in ("error", "nearest")
+        ]
+        shown.append((kind, len(found), *errors))
+    return shown
+
+
+def starved(records: Sequence[Found]) -> list[Found]:
+    """Experts that were fitted with tokens of others, once each."""
+    return [r for r in records if r.own is not None and r.own < r.rows and r.name.endswith(".w1")]
+
+
+def model_card(
+    config: ExportConfig, model: ModelConfig, records: Sequence[Found], size_bytes: int
+) -> str:
+    how = "GPTQ" if config.method is Method.gptq else "rounding to nearest"
+    lines = [
+        "---",
+        "library_name: ptm",
+        f"tags: [{config.format}, {config.bits}-bit, moe]",
+        "---",
+        "",
+        f"{num_parameters(model):,} parameters in {format_bytes(size_bytes)}: {config.bits} bits, "
+        f"groups of {config.group or 'a row'}, by {how}; "
+        "norms, filters, embedding and head in bf16.",
+        "",
+        "Relative error of outputs on calibration text, mean over linears of a kind, beside that "
+        "of rounding to nearest:",
+        "",
+        "| kind | linears | error | nearest |",
+        "|---|---|---|---|",
+        *(
+            f"| {kind} | {count} | {error} | {near} |"
+            for kind, count, error, near in table(records)
+        ),
+    ]
+    few = starved(records)
+    if few:
+        lines += [
+            "",
+            f"Experts with few tokens of their own, fitted with others' ({len(few)}):",
+            "",
+        ]
+        lines += [f"- {r.name.removesuffix('.w1')}: {r.own} of {r.rows}" for r in few]
+    raised = [r for r in records if r.damping is not None]
+    if raised:
+        lines += ["", f"Damping was raised for {len(raised)}:", ""]
+        lines += [f"- {r.name}: {r.damping:g}" for r in raised]
+    return "\n".join(lines) + "\n"

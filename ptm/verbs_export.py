@@ -1,0 +1,164 @@
+"""The verb `ptm export`: the text that it needs, its progress, its tables."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ptm.checkpoint.hf import Opened
+from ptm.checkpoint.open_model import open_model
+from ptm.common import env
+from ptm.common.errors import CheckpointError, PtmError, StorageError, line
+from ptm.common.units import format_bytes
+from ptm.data.config import DataConfig
+from ptm.data.corpus import open_corpus
+from ptm.data.loader import Rows
+from ptm.export import card, quantize, verify
+from ptm.export.config import ExportConfig, Method, VerifyConfig
+from ptm.export.plot import errors_svg
+from ptm.recipe import load_recipe
+from ptm.verbs import held_out_text, open_folder, tokenizer_of, write_json
+
+
+def export(job: ExportConfig | VerifyConfig) -> None:
+    """Quantize a model, and say how well that went; or compare an export with its run."""
+    if env.ranks().rank != 0:
+        return
+    if isinstance(job, VerifyConfig):
+        check(job)
+        return
+    opened, folder = open_folder(job.run, job.step)
+    rows_of = None
+    num_linears = len(quantize.linears_of(opened.model, job.layers))
+    total = num_linears
+    if job.method is Method.gptq:
+        rows_of = _calibration_rows(job, folder, opened)
+        total += opened.model.num_hidden_layers
+    console = Console(highlight=False)
+    columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(TextColumn("{task.description}"), *columns, console=console) as progress:
+        task = progress.add_task("quantizing", total=total)
+
+        def advance(name: str) -> None:
+            progress.update(task, advance=1, description=name.removeprefix("model."))
+
+        out, records = quantize.export(job, opened, rows_of, advance)
+    print_export(console, out, records)
+
+
+def print_export(console: Console, out: Path, records: list[quantize.Record]) -> None:
+    """The table of linears by kind, what was starved, and where the export is."""
+    shown = Table(title="relative error of outputs on calibration text, mean over linears")
+    for head in ("kind", "linears", "error", "nearest"):
+        shown.add_column(head, justify="left" if head == "kind" else "right")
+    for kind, count, error, nearest in card.table(records):
+        shown.add_row(kind, str(count), error, nearest)
+    console.print(shown)
+    if few := card.starved(records):
+        names = ", ".join(r.name.removesuffix(".w1").removeprefix("model.") for r in few[:8])
+        console.print(f"{len(few)} experts saw few tokens of their own: {names}", soft_wrap=True)
+    size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    console.print(f"{out}: {format_bytes(size)}", soft_wrap=True, markup=False)
+
+
+def _calibration_rows(job: ExportConfig, folder: Path, opened: Opened) -> quantize.RowsOf:
+    recipes = (folder / "recipe.yaml", folder.parent.parent / "recipe.yaml")
+    recipe_file = next((path for path in recipes if path.is_file()), None)
+    if recipe_file is None and job.source is None:
+        rule = "has no recipe.yaml that says what it was trained on"
+        raise CheckpointError(line("run", job.run, rule, "give source=FOLDER of text"))
+    data, seq_len = DataConfig(), job.seq_len
+    if recipe_file is not None:
+        recipe = load_recipe([f"recipe={recipe_file}"])
+        data, seq_len = recipe.data, seq_len or recipe.train.seq_len
+    if job.source is not None:
+        words = {"source": (job.source,), "weights": (), "eval_fraction": 0.0}
+        data = dataclasses.replace(data, **words, tokenizer=str(tokenizer_of(opened, folder)))
+    model = opened.model
+    seq_len = seq_len or min(2048, model.max_position_embeddings)
+    corpus = open_corpus(data, vocab_size=model.vocab_size, seed=job.seed, show_progress=True)
+    rows = Rows(corpus.train, seq_len=seq_len, isolate_documents=model.isolate_documents)
+
+    def rows_of(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        batch = rows.batch(0, min(count, rows.num_rows))
+        return batch.input_ids, batch.document_ids
+
+    return rows_of
+
+
+def check(job: VerifyConfig) -> None:
+    """Print an export beside its run. Raises PtmError where it is worse than a limit."""
+    reference, folder = open_folder(job.run, job.step)
+    exports = {"export": open_model(Path(job.export))}
+    if job.plain is not None:
+        exports["plain"] = open_model(Path(job.plain))
+    models = verify.models_of(reference, exports)
+    text = held_out_text(job, Path(job.run), tokenizer_of(reference, folder), models["bf16"])
+    corpus, seq_len = text
+    rows = Rows(
+        corpus.held_out, seq_len=seq_len, isolate_documents=reference.model.isolate_documents
+    )
+    count, size = min(job.rows, rows.num_rows), job.micro_batch_size
+    batches = [rows.batch(i, min(i + size, count)) for i in range(0, count, size)]
+    found = verify.compare(models, batches)
+    whole = rows.batch(0, count)
+    layers = verify.layer_errors(reference, exports, whole.input_ids, whole.document_ids, size)
+    sizes = {"bf16": verify.size_of(reference)}
+    sizes |= {name: verify.size_of(opened) for name, opened in exports.items()}
+    console = Console(highlight=False)
+    base = found["bf16"]["loss"]
+    for name, values in found.items():
+        values["loss_percent"] = 100 * (values["loss"] / base - 1)
+        errors = [row[name] for row in layers if name in row]
+        values["layer_error"] = sum(errors) / len(errors) if errors else 0.0
+        values["size_bytes"] = sizes.get(name, sizes["export"])
+    console.print(_comparison(found, count, seq_len))
+    drawing = Path(job.plot) if job.plot else Path(job.export) / "verify.svg"
+    try:
+        drawing.write_text(errors_svg(layers, list(exports), card.kind_of))
+    except OSError as error:
+        rule = f"cannot be written ({error.strerror})"
+        raise StorageError(line("plot", drawing, rule, "name another file")) from error
+    console.print(f"errors by layer: {drawing}", soft_wrap=True, markup=False)
+    if job.json:
+        write_json(job.json, {"export": job.export, "models": found, "layers": layers})
+    _hold(job, found["export"])
+
+
+def _comparison(found: dict[str, dict[str, float]], rows: int, seq_len: int) -> Table:
+    shown = Table(title=f"{rows} rows of {seq_len} held-out tokens")
+    heads = "model|size|loss|to bf16|KL|same top token|layer error"
+    for head in heads.split("|"):
+        shown.add_column(head, justify="left" if head == "model" else "right")
+    for name, values in found.items():
+        shown.add_row(
+            name,
+            format_bytes(int(values["size_bytes"])),
+            f"{values['loss']:.4f}",
+            f"{values['loss_percent']:+.3f} %",
+            f"{values['kl']:.2e}",
+            f"{values['top1']:.2%}",
+            f"{values['layer_error']:.2e}" if values["layer_error"] else "",
+        )
+    return shown
+
+
+def _hold(job: VerifyConfig, values: dict[str, float]) -> None:
+    for key, limit, value in (
+        ("max_loss", job.max_loss, values["loss_percent"]),
+        ("max_kl", job.max_kl, values["kl"]),
+    ):
+        if limit is not None and value > limit:
+            rule = f"{job.export} comes to {value:.3g}"
+            raise VerifyError(line(key, limit, rule, "use more bits, or more rows of text"))
+
+
+class VerifyError(PtmError):
+    """An export is worse than the limit that was set."""
+
+    exit_code = 1

@@ -1,0 +1,269 @@
+"""`ptm export` of a small M32: bytes after a kill, starved experts, reading back, bad input."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from ptm.checkpoint.hf import Opened, open_hf
+from ptm.checkpoint.load_model import load_model, module_of
+from ptm.checkpoint.source import TensorInfo
+from ptm.common.errors import CheckpointError, PtmError, RecipeError
+from ptm.export import quantize
+from ptm.export.calibrate import choose_rows
+from ptm.export.card import starved
+from ptm.export.config import ConvertConfig, ExportConfig, ExportFormat, Layers, Method, Target
+from ptm.export.convert import convert
+from ptm.export.quantize import Record, export, linears_of
+from ptm.model.config import ModelConfig
+from ptm.model.transformer import Transformer
+from ptm.quant.grid import round_to_nearest
+
+MODEL = ModelConfig(
+    hidden_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    attention_projection_size=128,
+    num_experts=8,
+    num_experts_per_tok=2,
+    moe_intermediate_size=64,
+    vocab_size=256,
+    max_position_embeddings=64,
+    initializer_range=0.113,
+)
+
+
+class Weights:
+    """A model's own tensors as a source."""
+
+    def __init__(self, model: Transformer) -> None:
+        self.tensors = {n: t for n, t in model.state_dict().items() if n != "expert_counts"}
+
+    def names(self) -> list[str]:
+        return list(self.tensors)
+
+    def info(self, name: str) -> TensorInfo:
+        return TensorInfo(tuple(self.tensors[name].shape), self.tensors[name].dtype)
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        return self.tensors[name][start:stop].clone()
+
+
+@pytest.fixture
+def opened(tmp_path: Path) -> Opened:
+    model = Transformer(MODEL)
+    model.init_weights(seed=3)
+    return Opened(MODEL, Weights(model), None, tmp_path / "none", (), tmp_path / "run")
+
+
+def rows_of(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, 256, (count, 32), generator=g)
+    return ids, torch.zeros_like(ids)
+
+
+def run(
+    opened: Opened, out: Path, advance=lambda name: None, rows=rows_of, **keys: object
+) -> tuple[Path, list[Record]]:
+    values: dict[str, object] = {"group": 32, "rows": 8, **keys}
+    config = ExportConfig(run=str(opened.folder), out=str(out), **values)  # type: ignore[arg-type]
+    return export(config, opened, None if config.method is Method.nearest else rows, advance)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"format": ExportFormat.gptq},
+        {"format": ExportFormat.gptq, "bits": 8, "symmetric": False},
+        {"format": ExportFormat.compressed_tensors, "group": 0},
+        {"format": ExportFormat.compressed_tensors, "symmetric": False},
+        {"format": ExportFormat.fp6, "bits": 6},
+        {"format": ExportFormat.gptq, "layers": Layers.published},
+    ],
+    ids=str,
+)
+def test_export_reads_back_as_what_was_solved(opened: Opened, tmp_path: Path, keys: dict) -> None:
+    solved = {}
+    keep = quantize._Layer._keep
+
+    def spy(self, name, codes, *more):
+        solved[name] = codes
+        keep(self, name, codes, *more)
+
+    quantize._Layer._keep = spy
+    try:
+        out, records = run(opened, tmp_path / "out", **keys)
+    finally:
+        quantize._Layer._keep = keep
+    again = open_hf(out)
+    assert again.quantized is not None
+    layers = keys.get("layers", Layers.default)
+    assert set(again.quantized.modules) == set(linears_of(MODEL, layers)) == set(solved)
+    assert len(records) == 2 * (4 + 2 * 8 + 3 * (layers is Layers.published))
+    for name, codes in solved.items():
+        found, order = again.quantized.quantized(name)
+        assert order is None and torch.equal(found.codes_NK, codes.codes_NK)
+        assert torch.equal(again.quantized.read(f"{name}.weight"), codes.dequantize())
+    model = module_of(again, out)
+    w1 = model.get_parameter("model.layers.1.mlp.experts.w1")
+    assert torch.equal(w1[5], solved["model.layers.1.mlp.experts.5.w1"].dequantize())
+    assert (
+        model.config.isolate_documents and "| experts.w1 | 16 |" in (out / "README.md").read_text()
+    )
+    kept = torch.bfloat16
+    norm = opened.weights.read("model.norm.weight")
+    assert torch.equal(model.model.norm.weight, norm.to(kept).float())
+
+
+def test_gptq_beats_rounding_on_its_text(opened: Opened, tmp_path: Path) -> None:
+    _, records = run(opened, tmp_path / "a")
+    assert all(r.error is not None and r.nearest is not None for r in records)
+    pairs = [(r.error, r.nearest) for r in records if r.error and r.nearest]
+    assert all(error < near for error, near in pairs)
+    assert sum(e for e, _ in pairs) < 0.5 * sum(n for _, n in pairs)
+
+
+def test_rounding_needs_no_text(opened: Opened, tmp_path: Path) -> None:
+    out, records = run(opened, tmp_path / "a", method=Method.nearest)
+    weight = opened.weights.read("model.layers.0.self_attn.q_proj.weight")
+    grid = quantize.grid_of(ExportConfig(run="", group=32))
+    found = open_hf(out).quantized
+    assert found is not None and records[0].error is None
+    near = round_to_nearest(weight, grid).dequantize()
+    assert torch.equal(found.read("model.layers.0.self_attn.q_proj.weight"), near)
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("when", [0, 1, 9, 25, 41])
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
+def test_a_kill_at_any_layer_goes_on_to_the_same_bytes(
+    opened: Opened, tmp_path: Path, when: int, alpha: float
+) -> None:
+    if alpha and when not in (25,):
+        pytest.skip("one instant is enough for the twin's rows")
+    whole, _ = run(opened, tmp_path / "whole", alpha=alpha)
+    left = [when]
+
+    def advance(name: str) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(opened, tmp_path / "out", advance, alpha=alpha)
+    assert not (tmp_path / "out").exists()
+    seen: list[str] = []
+    out, _ = run(opened, tmp_path / "out", seen.append, alpha=alpha)
+    assert files_of(out) == files_of(whole)
+    assert (len([n for n in seen if "layers." in n]) == 20) == (when >= 22)
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_what_was_begun_is_not_mixed_with_another_export(opened: Opened, tmp_path: Path) -> None:
+    def advance(name: str) -> None:
+        raise Killed
+
+    with pytest.raises(Killed):
+        run(opened, tmp_path / "out", advance)
+    with pytest.raises(CheckpointError, match=r"another export that was begun \(bits differ\)"):
+        run(opened, tmp_path / "out", bits=8)
+    out, _ = run(opened, tmp_path / "out")
+    with pytest.raises(CheckpointError, match="is there already"):
+        run(opened, out)
+
+
+def test_an_expert_that_nobody_chose_is_fitted_and_listed(opened: Opened, tmp_path: Path) -> None:
+    """A router that never picks some: their scores are made hopeless."""
+    names = [f"model.layers.{i}.mlp.gate.{p}.weight" for i in range(2) for p in ("query", "key")]
+    for name in names:
+        opened.weights.tensors[name].zero_()  # type: ignore[attr-defined]
+    for i in range(2):  # even attention: every expert's score is the mean of values
+        value = opened.weights.tensors[f"model.layers.{i}.mlp.gate.value.weight"]  # type: ignore
+        value.zero_()
+    out, records = run(opened, tmp_path / "out")
+    few = starved(records)
+    own = {r.name: r.own for r in records if r.name.endswith(".w1")}
+    assert sorted(r.name for r in few) == sorted(n for n, count in own.items() if not count)
+    assert len(few) == 12 and all(r.rows > 0 and r.own == 0 for r in few)
+    card = (out / "README.md").read_text()
+    assert "fitted with others' (12):" in card and "layers.0.mlp.experts.7: 0 of " in card
+    for record in records:
+        assert record.error is not None and record.nearest is not None
+        assert record.error <= record.nearest
+    model = load_model(out)
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
+    assert bool(model.get_parameter("model.layers.0.mlp.experts.w1")[7].any())
+
+
+def test_rows_are_added_for_experts_that_see_too_little() -> None:
+    counts = torch.zeros(1, 6, 4, dtype=torch.int64)
+    counts[0, :, 0] = 10
+    counts[0, 3, 1] = 2
+    counts[0, 4, 1] = 5
+    counts[0, 5, 2] = 1
+    assert choose_rows(counts, 2, 4) == [0, 1, 4, 5]  # 3 adds nothing after 4; expert 3 has none
+    assert choose_rows(counts, 2, 0) == [0, 1]
+    assert choose_rows(counts, 9, 4) == [0, 1, 2, 3, 4, 5]
+
+
+def test_convert_reads_an_export_back(opened: Opened, tmp_path: Path) -> None:
+    out, _ = run(opened, tmp_path / "out")
+    convert(ConvertConfig(source=str(out), out=str(tmp_path / "ptm"), to=Target.ptm))
+    a, b = load_model(out), load_model(tmp_path / "ptm")
+    for (name, x), (_, y) in zip(a.state_dict().items(), b.state_dict().items()):
+        assert torch.equal(x, y), name
+
+
+def test_bad_sizes_are_one_line(opened: Opened, tmp_path: Path) -> None:
+    for keys, match in (
+        ({"group": 48}, r"group=48: must divide the \d+ inputs of .*; give 64"),
+        ({"bits": 6}, "bits=6: format=gptq has 4 or 8; give format=fp6"),
+        ({"format": ExportFormat.fp6, "bits": 4}, "bits=4: format=fp6 has 6; give bits=6"),
+        ({"format": ExportFormat.fp6, "bits": 6, "symmetric": False}, "fp6 has no zero points"),
+    ):
+        with pytest.raises(RecipeError, match=match):
+            run(opened, tmp_path / "out", **keys)  # type: ignore[arg-type]
+    odd = dataclasses.replace(MODEL, num_experts=6)
+    model = Transformer(odd)
+    model.init_weights(seed=0)
+    other = opened._replace(model=odd, weights=Weights(model))
+    with pytest.raises(RecipeError, match="6 x 64, which 8 codes a word do not divide"):
+        run(other, tmp_path / "out", layers=Layers.published)
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        (lambda q: q.update(quant_method="awq"), "quant_method=awq: must be gptq"),
+        (lambda q: q.update(bits=3), "bits=3: must be 4 or 8"),
+        (lambda q: q.update(bits=8), "is not packed as its config.json says"),
+        (lambda q: q.update(group_size=0), "group_size=0: must be -1 or"),
+        (lambda q: q.update(dynamic={"+:(a+)+$": {}}), "must be a plain regular expression"),
+        (lambda q: q.update(checkpoint_format="marlin"), "checkpoint_format=marlin"),
+    ],
+)
+def test_strange_quantization_configs_are_refused(
+    opened: Opened, tmp_path: Path, change, match: str
+) -> None:
+    out, _ = run(opened, tmp_path / "out", method=Method.nearest)
+    config = json.loads((out / "config.json").read_text())
+    change(config["quantization_config"])
+    (out / "config.json").write_text(json.dumps(config))
+    with pytest.raises(PtmError) as error:
+        load_model(out)
+    text = str(error.value)
+    assert re.search(match, text) or "has shape" in text, text
+    assert "\n" not in text
