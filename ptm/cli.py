@@ -105,11 +105,12 @@ VERBS = {
         "One HTML file about a run.", "ptm.jobs:ReportJob", "ptm.verbs:report", ("run",)
     ),
     "bench": Verb(
-        "Measure: router, updates; engines, wire or tiers (ptm bench engines --help).",
+        "Measure: router, updates; engines, wire, tiers, kernels (ptm bench kernels --help).",
         "ptm.jobs:BenchJob",
         "ptm.verbs:bench",
         ("name",),
-        {name: ("ptm.jobs:StepBenchJob", "bench") for name in ("engines", "wire", "tiers")},
+        {name: ("ptm.jobs:StepBenchJob", "bench") for name in ("engines", "wire", "tiers")}
+        | {"kernels": ("ptm.jobs:KernelBenchJob", "bench")},
     ),
 }
 

@@ -85,7 +85,8 @@ class DataJob(Recipe):
 @config
 class BenchJob:
     name: str
-    "Which benchmark: router or updates; engines, wire and tiers have keys of their own."
+    """Which benchmark: router or updates; engines, wire, tiers and kernels have keys of their
+    own."""
     steps: int = ranged(160, least=1)
     "Training steps of each run."
     seeds: int = ranged(3, least=1, most=100)
@@ -96,6 +97,22 @@ class BenchJob:
     "Folder of the runs; finished ones are read, not run again."
     json: str | None = None
     "File that takes the numbers as JSON."
+
+
+@config
+class KernelBenchJob:
+    bench: str
+    "kernels."
+    op: tuple[str, ...] = ()
+    "Ops to measure, as in [rope_qk,add_rmsnorm]; empty is all."
+    rounds: int = ranged(20, least=1, most=10_000)
+    "Turns of every contestant."
+    threads: int = ranged(1, least=1, most=1024)
+    "Threads of every contestant; with one, time is the thread's CPU time."
+    json: str | None = None
+    "File that takes the numbers as JSON."
+    svg: str | None = None
+    "File that takes a bar chart."
 
 
 @config

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from ptm.bench import engines, router, tiers, updates, wire
+from ptm.bench import engines, kernels, router, tiers, updates, wire
 from ptm.build import hardware_folders, make_plan
 from ptm.checkpoint.folders import step_folder
 from ptm.checkpoint.hf import Opened
@@ -33,6 +33,7 @@ from ptm.jobs import (
     DataJob,
     EvalJob,
     GenerateJob,
+    KernelBenchJob,
     PlanJob,
     ReportJob,
     StepBenchJob,
@@ -204,8 +205,11 @@ def report(job: ReportJob) -> None:
     print(write_report(Path(job.run), out=job.out))
 
 
-def bench(job: BenchJob | StepBenchJob) -> None:
+def bench(job: BenchJob | StepBenchJob | KernelBenchJob) -> None:
     """Run one benchmark and print its table."""
+    if isinstance(job, KernelBenchJob):
+        kernels.run(job)
+        return
     if isinstance(job, StepBenchJob):
         if job.bench not in STEP_BENCHES:
             rule = f"must be one of {', '.join(STEP_BENCHES)}"
@@ -213,7 +217,7 @@ def bench(job: BenchJob | StepBenchJob) -> None:
         STEP_BENCHES[job.bench](job, recipe_words(job))
         return
     if job.name not in BENCHES:
-        rule = f"must be one of {', '.join([*BENCHES, *STEP_BENCHES])}"
+        rule = f"must be one of {', '.join([*BENCHES, *STEP_BENCHES, 'kernels'])}"
         raise RecipeError(line("name", job.name, rule, "as in `ptm bench router`"))
     BENCHES[job.name](job)
 

@@ -87,7 +87,12 @@ def declare(*ops: str) -> None:
 
 def table() -> dict[str, str]:
     """What serves each declared op on the CPU: an instruction set, or `reference`."""
-    return {op: _backend(op, isa()) or "reference" for op in _declared}
+    return {op: backend(op) or "reference" for op in _declared}
+
+
+def backend(name: str) -> str | None:
+    """The instruction set that a kernel of that name is served by; None if there is none."""
+    return _backend(name, isa())
 
 
 def has(name: str) -> bool:

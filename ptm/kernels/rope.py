@@ -13,14 +13,19 @@ Three precisions of the angle are in use for the same model, and they differ by 
                10000 whatever the recipe says: the published Hugging Face code, where 16384
                positions collapse to 1025.
 
-The turn itself is done in fp32 and cast back. `rope` also moves heads in front of positions, which
-attention wants, so that the layout change costs no pass of its own.
+The turn itself is done in fp32 and cast back, and heads move in front of positions, which attention
+wants, so that the layout change costs no pass of its own. `rope_qk` takes the rows of the two
+projections as Yuan's checkpoints lay them out: [q | k] of a token is H heads x (q, k) x K.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from ptm.kernels import native
+
+native.declare("rope_qk")
 
 HF_BASE = 10_000.0
 
@@ -60,6 +65,22 @@ def rope(x_BLHCK: Tensor, cos_BLR: Tensor, sin_BLR: Tensor) -> Tensor:
     return _Rope.apply(x_BLHCK, cos_BLR, sin_BLR)  # type: ignore[return-value]
 
 
+def rope_qk(
+    q_BLV: Tensor, k_BLV: Tensor, cos_BLR: Tensor, sin_BLR: Tensor, *, num_heads: int
+) -> tuple[Tensor, Tensor]:
+    """Turn the rows of both projections into heads with positions.
+
+    Shapes: rows (B, L, H x K), cosines and sines (B or 1, L, R/2) -> two of (B, H, L, K).
+    """
+    is_served = cos_BLR.dtype is torch.float32 and not cos_BLR.requires_grad
+    if is_served and native.serves("rope_qk", q_BLV, k_BLV):
+        return torch.ops.ptm.rope_qk(q_BLV, k_BLV, cos_BLR, sin_BLR, num_heads)
+    B, L, width = q_BLV.shape
+    x_BLHCK = torch.cat([q_BLV, k_BLV], dim=-1).view(B, L, num_heads, 2, width // num_heads)
+    q_BHLK, k_BHLK = rope(x_BLHCK, cos_BLR, sin_BLR).unbind(0)
+    return q_BHLK, k_BHLK
+
+
 class _Rope(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -84,3 +105,64 @@ def _turn_(x_CBHLK: Tensor, cos_BLR: Tensor, sin_BLR: Tensor) -> Tensor:
     x_CBHLK[..., :half] = (first * cos).addcmul_(second, sin, value=-1)
     x_CBHLK[..., half : 2 * half] = (second * cos).addcmul_(first, sin)
     return x_CBHLK
+
+
+torch.library.define(
+    "ptm::rope_qk",
+    "(Tensor q, Tensor k, Tensor cos, Tensor sin, int num_heads) -> (Tensor, Tensor)",
+)
+torch.library.define(
+    "ptm::rope_qk_backward",
+    "(Tensor grad_q, Tensor grad_k, Tensor cos, Tensor sin) -> (Tensor, Tensor)",
+)
+
+
+@torch.library.impl("ptm::rope_qk", "CPU")
+def _forward(q_BLV: Tensor, k_BLV: Tensor, cos: Tensor, sin: Tensor, num_heads: int):
+    rows = q_BLV.contiguous(), k_BLV.contiguous()
+    heads = _heads(q_BLV, k_BLV, cos, sin, num_heads)
+    _turn_rows(rows, heads, cos, sin, is_backward=False, heads_inside=False)
+    return heads
+
+
+@torch.library.register_fake("ptm::rope_qk")
+def _heads(q_BLV: Tensor, k_BLV: Tensor, cos: Tensor, sin: Tensor, num_heads: int):
+    B, L, width = q_BLV.shape
+    shape = B, num_heads, L, width // num_heads
+    return q_BLV.new_empty(shape), k_BLV.new_empty(shape)
+
+
+@torch.library.impl("ptm::rope_qk_backward", "CPU")
+def _backward(grad_q: Tensor, grad_k: Tensor, cos: Tensor, sin: Tensor):
+    heads_inside = all(g.transpose(1, 2).is_contiguous() for g in (grad_q, grad_k))
+    # Attention makes these gradients as (B, L, H, K) in memory: they are read as they are.
+    heads = tuple(g.transpose(1, 2) if heads_inside else g.contiguous() for g in (grad_q, grad_k))
+    rows = _rows(grad_q, grad_k, cos, sin)
+    _turn_rows(rows, heads, cos, sin, is_backward=True, heads_inside=heads_inside)
+    return rows
+
+
+@torch.library.register_fake("ptm::rope_qk_backward")
+def _rows(grad_q: Tensor, grad_k: Tensor, cos: Tensor, sin: Tensor):
+    B, H, L, K = grad_q.shape
+    return grad_q.new_empty(B, L, H * K), grad_k.new_empty(B, L, H * K)
+
+
+def _turn_rows(rows, heads, cos: Tensor, sin: Tensor, *, is_backward: bool, heads_inside: bool):
+    B, L, width = rows[0].shape
+    K = heads[0].shape[-1]
+    assert cos.shape == sin.shape and len(cos) in (1, B), (cos.shape, rows[0].shape)
+    native.call("rope_qk", *rows, *heads, cos.contiguous(), sin.contiguous(), B, L, width // K, K,
+                cos.shape[-1], len(cos), int(is_backward), int(heads_inside),
+                int(rows[0].dtype is torch.bfloat16))  # fmt: skip
+
+
+def _save(ctx, inputs, output) -> None:
+    ctx.save_for_backward(inputs[2], inputs[3])
+
+
+def _differentiate(ctx, grad_q: Tensor, grad_k: Tensor):
+    return *torch.ops.ptm.rope_qk_backward(grad_q, grad_k, *ctx.saved_tensors), None, None, None
+
+
+torch.library.register_autograd("ptm::rope_qk", _differentiate, setup_context=_save)

@@ -19,6 +19,10 @@ A balance loss is a function of all scores; then all rows are computed again, on
 
 All of it is fp32: near-ties are common (a fifth of tokens with random weights) and bf16 noise would
 flip experts.
+
+The kernels (csrc/router) do a token at a time in registers, and a backward that computes again only
+rows with a gradient. They are two, scores and choice, so that recompute can keep the choice alone
+(ptm/parallel/recompute.py).
 """
 
 from __future__ import annotations
@@ -27,6 +31,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from ptm.kernels import native
+
+native.declare("attn_router", "router_top")
+MAX_EXPERTS = 512  # of the kernel
 
 
 class Chosen(NamedTuple):
@@ -59,13 +68,18 @@ def attention_router_reference(q_TE: Tensor, k_TE: Tensor, v_TE: Tensor, num_act
     return Chosen(scores.gather(1, ids).softmax(-1), ids, scores)
 
 
-def attention_router(
-    q_TE: Tensor, k_TE: Tensor, v_TE: Tensor, num_active: int, bias_E: Tensor | None = None
-) -> Chosen:
-    """Choose experts. Shapes: q, k, v (T, E) fp32. Gradients flow through weights and scores.
+def attention_router(qkv_TX: Tensor, num_active: int, bias_E: Tensor | None = None) -> Chosen:
+    """Choose experts. Shapes: qkv (T, 3E), the queries, keys and values side by side; the scores
+    and weights are at least fp32. Gradients flow through weights and scores.
 
     bias_E is added to the scores for the choice alone; weights and scores are without it.
     """
+    if native.serves("attn_router", qkv_TX) and qkv_TX.shape[1] <= 3 * MAX_EXPERTS:
+        scores_TE = torch.ops.ptm.attn_router(qkv_TX)
+        bias_E = None if bias_E is None else bias_E.float()
+        weights_TA, ids_TA = torch.ops.ptm.router_top(scores_TE, num_active, bias_E)
+        return Chosen(weights_TA, ids_TA, scores_TE)
+    q_TE, k_TE, v_TE = qkv_TX.to(torch.promote_types(qkv_TX.dtype, torch.float32)).chunk(3, dim=-1)
     return Chosen(*_AttentionRouter.apply(q_TE, k_TE, v_TE, num_active, bias_E))  # type: ignore[misc]
 
 
@@ -133,3 +147,93 @@ def _scores_backward(
         grad_k[j] = (by_product * q).sum(0)
         grad_q.addcmul_(by_product, key)
     return grad_q.t(), grad_k.t(), grad_v.t()
+
+
+torch.library.define("ptm::attn_router", "(Tensor qkv) -> Tensor")
+torch.library.define(
+    "ptm::attn_router_backward", "(Tensor grad, Tensor qkv, Tensor scores) -> Tensor"
+)
+torch.library.define(
+    "ptm::router_top", "(Tensor scores, int num_active, Tensor? bias) -> (Tensor, Tensor)"
+)
+torch.library.define(
+    "ptm::router_top_backward",
+    "(Tensor grad, Tensor weights, Tensor ids, int num_experts) -> Tensor",
+)
+
+
+@torch.library.impl("ptm::attn_router", "CPU")
+def _native_scores(qkv: Tensor) -> Tensor:
+    scores = _empty_scores(qkv)
+    is_bf16 = int(qkv.dtype is torch.bfloat16)
+    native.call("attn_router", qkv.contiguous(), scores, *scores.shape, is_bf16)
+    return scores
+
+
+@torch.library.register_fake("ptm::attn_router")
+def _empty_scores(qkv: Tensor) -> Tensor:
+    return qkv.new_empty(len(qkv), qkv.shape[1] // 3, dtype=torch.float32)
+
+
+@torch.library.impl("ptm::attn_router_backward", "CPU")
+def _native_scores_backward(grad: Tensor, qkv: Tensor, scores: Tensor) -> Tensor:
+    out = _empty_gradient(grad, qkv, scores)
+    native.call("attn_router_backward", grad.contiguous(), qkv.contiguous(), scores, out,
+                *scores.shape, int(qkv.dtype is torch.bfloat16))  # fmt: skip
+    return out
+
+
+@torch.library.register_fake("ptm::attn_router_backward")
+def _empty_gradient(grad: Tensor, qkv: Tensor, scores: Tensor) -> Tensor:
+    return torch.empty_like(qkv, memory_format=torch.contiguous_format)
+
+
+@torch.library.impl("ptm::router_top", "CPU")
+def _native_top(scores: Tensor, num_active: int, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    weights, ids = _empty_top(scores, num_active, bias)
+    bias = None if bias is None else bias.contiguous()
+    native.call("router_top", scores.contiguous(), bias, weights, ids, *scores.shape, num_active)
+    return weights, ids
+
+
+@torch.library.register_fake("ptm::router_top")
+def _empty_top(scores: Tensor, num_active: int, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    shape = len(scores), num_active
+    return scores.new_empty(shape), scores.new_empty(shape, dtype=torch.int64)
+
+
+@torch.library.impl("ptm::router_top_backward", "CPU")
+def _native_top_backward(grad: Tensor, weights: Tensor, ids: Tensor, num_experts: int) -> Tensor:
+    out = _empty_top_gradient(grad, weights, ids, num_experts)
+    native.call("router_top_backward", grad.contiguous(), weights, ids, out, *out.shape,
+                ids.shape[1])  # fmt: skip
+    return out
+
+
+@torch.library.register_fake("ptm::router_top_backward")
+def _empty_top_gradient(grad: Tensor, weights: Tensor, ids: Tensor, num_experts: int) -> Tensor:
+    return weights.new_empty(len(weights), num_experts)
+
+
+def _save_scores(ctx, inputs, output: Tensor) -> None:
+    ctx.save_for_backward(inputs[0], output)
+
+
+def _differentiate_scores(ctx, grad: Tensor) -> Tensor:
+    return torch.ops.ptm.attn_router_backward(grad, *ctx.saved_tensors)
+
+
+def _save_top(ctx, inputs, output) -> None:
+    ctx.num_experts = inputs[0].shape[1]
+    ctx.save_for_backward(*output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _differentiate_top(ctx, grad: Tensor, _):
+    return torch.ops.ptm.router_top_backward(grad, *ctx.saved_tensors, ctx.num_experts), None, None
+
+
+torch.library.register_autograd(
+    "ptm::attn_router", _differentiate_scores, setup_context=_save_scores
+)
+torch.library.register_autograd("ptm::router_top", _differentiate_top, setup_context=_save_top)

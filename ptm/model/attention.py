@@ -12,12 +12,11 @@ rows are, head by head, K rows of queries and K rows of keys: published weights 
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from ptm.kernels.attention import causal_attention
 from ptm.kernels.lfa import lfa
-from ptm.kernels.rope import rope
+from ptm.kernels.rope import rope_qk
 from ptm.model.cache import LayerCache
 from ptm.model.config import LFA_NORM_EPS, ModelConfig
 from ptm.model.context import Context
@@ -73,8 +72,8 @@ class Attention(nn.Module):
         """What o_proj reads, (B, L, H x K)."""
         B, L, _ = n_BLD.shape
         H, K = self.num_heads, self.head_dim
-        qk_BLHCK = torch.cat([self.q_proj(z_BLD), self.k_proj(z_BLD)], dim=-1).view(B, L, H, 2, K)
-        q_BHLK, k_BHLK = rope(qk_BLHCK, context.cos_BLR, context.sin_BLR).unbind(0)
+        q_BLV, k_BLV = self.q_proj(z_BLD), self.k_proj(z_BLD)
+        q_BHLK, k_BHLK = rope_qk(q_BLV, k_BLV, context.cos_BLR, context.sin_BLR, num_heads=H)
         v_BHLK = self.v_proj(n_BLD).view(B, L, H, K).transpose(1, 2)
         if cache is not None:
             k_BHLK, v_BHLK = cache.append(k_BHLK, v_BHLK)

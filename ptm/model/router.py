@@ -66,8 +66,7 @@ class AttentionRouter(nn.Module):
     def choose(self, x_TD: Tensor, bias_E: Tensor | None = None) -> Chosen:
         """The choice with the scores of all experts."""
         weight = torch.cat([self.query.weight, self.key.weight, self.value.weight])
-        query, key, value = _wide(F.linear(x_TD, weight)).chunk(3, dim=-1)
-        return attention_router(query, key, value, self.num_active, bias_E)
+        return attention_router(F.linear(x_TD, weight), self.num_active, bias_E)
 
 
 class LinearRouter(nn.Linear):

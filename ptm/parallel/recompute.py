@@ -3,9 +3,9 @@
 One thing is kept besides: which experts each token was sent to. A fifth of the tokens sit close to
 a tie between their second and third expert, so a second forward whose arithmetic differs in the
 last bit (another kernel, other gathered weights) would route them elsewhere, and the gradient would
-be that of another function. The routers choose by argmax and nothing else in a block does, so
-keeping argmax's results keeps the choice: 8 x A bytes per token and layer, beside the 2 x D of the
-input.
+be that of another function. The routers choose by argmax or by the kernel router_top, and nothing
+else in a block does, so keeping their results keeps the choice: 12 x A bytes per token and layer at
+most, beside the 2 x D of the input.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from torch.utils.checkpoint import (
     checkpoint,
     create_selective_checkpoint_contexts,
 )
+
+import ptm.kernels.router  # noqa: F401, its ops
 
 
 def recompute_blocks(blocks: nn.ModuleList) -> None:
@@ -40,6 +42,6 @@ def _contexts() -> Any:
 
 
 def _keep_choices(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    if op is torch.ops.aten.argmax.default:
+    if op is torch.ops.aten.argmax.default or op is torch.ops.ptm.router_top.default:
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE

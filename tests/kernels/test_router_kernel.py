@@ -4,8 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from ptm.kernels.router import attention_router, attention_router_reference, top_experts
+from ptm.kernels import router
+from ptm.kernels.router import attention_router_reference, top_experts
 from tests.support.compare import TOLERANCE, assert_same_maths, distance, random
+
+
+def attention_router(q, k, v, num_active, bias=None):
+    return router.attention_router(torch.cat([q, k, v], dim=1), num_active, bias)
 
 
 def numpy_scores(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from ptm.kernels import router as router_kernel
+from ptm.kernels import native
+from ptm.model import router
 from ptm.model.config import RouterKind
 from ptm.parallel.recompute import recompute_blocks
 from tests.support.tiny import documents, packed, tiny_model
@@ -16,11 +17,11 @@ def loss_and_gradients(model, batch):
     return [loss.nll_sum.detach(), *(p.grad for p in model.parameters())]
 
 
-@pytest.mark.parametrize("router", RouterKind, ids=str)
+@pytest.mark.parametrize("kind", RouterKind, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_same_bits_and_counts(dtype, router):
+def test_same_bits_and_counts(dtype, kind):
     batch = packed([documents(40, 24), documents(64, seed=1)])
-    plain, again = (tiny_model(dtype=dtype, router=router) for _ in range(2))
+    plain, again = (tiny_model(dtype=dtype, router=kind) for _ in range(2))
     recompute_blocks(again.model.layers)
     assert list(dict(again.named_parameters())) == list(dict(plain.named_parameters()))
     for a, b in zip(loss_and_gradients(plain, batch), loss_and_gradients(again, batch)):
@@ -62,23 +63,22 @@ def test_keeps_less():
     assert kept_bytes[1] < kept_bytes[0] / 4
 
 
-def test_a_second_forward_cannot_route_anew(monkeypatch):
+@pytest.mark.parametrize("isa", [None, *native.machine()])
+def test_a_second_forward_cannot_route_anew(monkeypatch, isa):
     """Give the second forward other scores, as other arithmetic would: same experts."""
     batch, chosen = packed([documents(64)]), []
-    scores, top_experts = router_kernel._scores, router_kernel.top_experts
 
-    def noisy(q, k, v):
-        return scores(q, k, v) + torch.randn(q.shape, generator=generator)
-
-    def watched(*args):
-        chosen.append(top_experts(*args))
-        return chosen[-1]
+    def noisy(qkv, *args):
+        seen = attention_router(qkv + torch.randn(qkv.shape, generator=generator), *args)
+        chosen.append(seen.ids_TA)
+        return seen
 
     model, generator = tiny_model(), torch.Generator().manual_seed(0)
+    attention_router = router.attention_router
     recompute_blocks(model.model.layers)
-    monkeypatch.setattr(router_kernel, "_scores", noisy)
-    monkeypatch.setattr(router_kernel, "top_experts", watched)
-    loss_and_gradients(model, batch)
+    monkeypatch.setattr(router, "attention_router", noisy)
+    with native.forced(isa):
+        loss_and_gradients(model, batch)
     first, second = chosen[:2], chosen[2:][::-1]  # the backward visits layers last to first
     assert len(first) == len(second) == 2
     assert all(torch.equal(a, b) for a, b in zip(first, second))
