@@ -11,7 +11,12 @@ import functools
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 
+import torch
+
+from ptm.checkpoint.load_model import module_of
+from ptm.checkpoint.open_model import open_model
 from ptm.data.corpus import Corpus, Split
 from ptm.mesh.mesh import Mesh
 from ptm.mesh.peers import Peers
@@ -22,7 +27,7 @@ from ptm.trainer.config import ObjectiveKind
 from ptm.trainer.loop import Batches as StepBatches
 from ptm.trainer.loop import Summary, per_token
 from ptm.trainer.metrics import Metrics
-from ptm.trainer.objectives import OBJECTIVES, Objective
+from ptm.trainer.objectives import OBJECTIVES, Objective, distilled
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,16 @@ def pretrain(setup: Setup) -> Mode:
     """Text, packed; the loss of every token."""
     prefetch = setup.recipe.data.prefetch
     batches = setup.text(setup.corpus.train, num_rows=setup.rows_per_step, prefetch=prefetch)
-    return Mode(OBJECTIVES[ObjectiveKind.pretrain], batches, setup.held_out_text())
+    held_out = setup.held_out_text()
+    qat, init_from = setup.recipe.qat, setup.recipe.train.init_from
+    if not qat.distill:
+        return Mode(OBJECTIVES[ObjectiveKind.pretrain], batches, held_out)
+    assert init_from is not None
+    opened = open_model(Path(init_from))
+    weights = opened._replace(model=setup.recipe.model)
+    teacher = module_of(weights, init_from, dtype=torch.bfloat16).to(setup.mesh.device)
+    objective = distilled(teacher.requires_grad_(False), qat.distill)
+    return Mode(objective, batches, held_out, metric_names=("kl",))
 
 
 MODES: dict[ObjectiveKind, Callable[[Setup], Mode]] = {ObjectiveKind.pretrain: pretrain}

@@ -35,7 +35,7 @@ from ptm.model.init import new_weight
 from ptm.model.transformer import Transformer
 from ptm.optim.adamw import adamw
 from ptm.parallel.adapters import adapted_engine
-from ptm.parallel.apply import materialize_buffers, share_experts, units_of
+from ptm.parallel.apply import materialize_buffers, put_on_grid, share_experts, units_of
 from ptm.parallel.recompute import recompute_blocks
 from ptm.recipe import Recipe, Resume
 from ptm.run_folder import last_logged_step
@@ -118,6 +118,8 @@ def build_model(
             gpu_bytes=tiers.get("gpu", 0),
         ),
     )
+    if (grid := recipe.qat.made()) is not None:  # last: the engine takes parameters as they are
+        put_on_grid(model, grid, recipe.qat.layers)
     return model, engine
 
 

@@ -35,6 +35,7 @@ from ptm.engine.config import EngineConfig, EngineKind
 from ptm.eval.config import EvalConfig
 from ptm.model.config import ModelConfig, Scale
 from ptm.optim.config import OptimConfig
+from ptm.quant.config import QatConfig, QatGrid
 from ptm.recipe_files import RecipeFile, read_chain
 from ptm.trainer.config import ObjectiveKind, TrainConfig
 from ptm.trainer.metrics import LogConfig
@@ -78,6 +79,7 @@ class Recipe:
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
+    qat: QatConfig = QatConfig()
     optim: OptimConfig = OptimConfig()
     engine: EngineConfig = EngineConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -101,6 +103,12 @@ class Recipe:
             rule = f"must be at most {most}, train.batch_tokens={t.batch_tokens} over train.seq_len"
             remedy = f"set train.micro_batch_size={most} or raise train.batch_tokens"
             raise RecipeError(line("train.micro_batch_size", t.micro_batch_size, rule, remedy))
+        if self.qat.grid is not QatGrid.none and self.engine.kind is not EngineKind.paged:
+            rule = f"engine.kind={self.engine.kind} does not keep weights as it needs them"
+            raise RecipeError(line("qat.grid", self.qat.grid, rule, "use engine.kind=paged"))
+        if self.qat.distill and t.init_from is None:
+            remedy = "set train.init_from to the model to learn from"
+            raise RecipeError(line("qat.distill", self.qat.distill, "has no teacher", remedy))
         rate = self.model.router_bias_update_rate
         if rate > 0 and self.engine.kind is not EngineKind.paged:
             rule = f"engine.kind={self.engine.kind} does not keep the bias in checkpoints"

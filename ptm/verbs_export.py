@@ -13,15 +13,16 @@ from rich.table import Table
 from ptm.checkpoint.hf import Opened
 from ptm.checkpoint.open_model import open_model
 from ptm.common import env
-from ptm.common.errors import CheckpointError, PtmError, StorageError, line
+from ptm.common.errors import CheckpointError, PtmError, RecipeError, StorageError, line
 from ptm.common.units import format_bytes
 from ptm.data.config import DataConfig
 from ptm.data.corpus import open_corpus
 from ptm.data.loader import Rows
 from ptm.export import card, quantize, verify
-from ptm.export.config import ExportConfig, Method, VerifyConfig
+from ptm.export.config import ExportConfig, ExportFormat, Fp6, Method, VerifyConfig
 from ptm.export.plot import errors_svg
 from ptm.recipe import load_recipe
+from ptm.trainer.config import Precision
 from ptm.verbs import held_out_text, open_folder, tokenizer_of, write_json
 
 
@@ -33,6 +34,7 @@ def export(job: ExportConfig | VerifyConfig) -> None:
         check(job)
         return
     opened, folder = open_folder(job.run, job.step)
+    job = settled(job, folder)
     rows_of = None
     num_linears = len(quantize.linears_of(opened.model, job.layers))
     total = num_linears
@@ -51,6 +53,43 @@ def export(job: ExportConfig | VerifyConfig) -> None:
     print_export(console, out, records)
 
 
+def settled(job: ExportConfig, folder: Path) -> ExportConfig:
+    """The job with `method=auto` resolved; of trained codes the grid is the run's own."""
+    recipe_file = recipe_of(folder)
+    recipe = None if recipe_file is None else load_recipe([f"recipe={recipe_file}"])
+    grid = None if recipe is None else recipe.qat.made()
+    if job.method is Method.auto:
+        method = Method.gptq if grid is None else Method.trained
+        job = dataclasses.replace(job, method=method)
+    if job.method is not Method.trained:
+        return job
+    if recipe is None or grid is None:
+        rule = f"{folder} was not trained on a grid"
+        raise RecipeError(line("method", "trained", rule, "train with qat.grid=int4 first"))
+    if recipe.train.precision is not Precision.bf16:
+        raise RecipeError(line("method", "trained", "needs train.precision=bf16", "use nearest"))
+    fp6 = None if grid.is_int else Fp6(str(grid.kind).removeprefix("fp6_"))
+    is_fp6 = job.format is ExportFormat.fp6
+    if is_fp6 != (fp6 is not None):
+        rule = f"{folder} was trained on {grid.kind}"
+        remedy = "give format=fp6" if fp6 else "give format=gptq"
+        raise RecipeError(line("format", job.format, rule, remedy))
+    return dataclasses.replace(
+        job,
+        bits=grid.bits,
+        group=grid.group,
+        symmetric=grid.is_symmetric,
+        layers=recipe.qat.layers,
+        fp6=fp6 or job.fp6,
+    )
+
+
+def recipe_of(folder: Path) -> Path | None:
+    """The recipe of the run that a folder is or belongs to."""
+    recipes = (folder / "recipe.yaml", folder.parent.parent / "recipe.yaml")
+    return next((path for path in recipes if path.is_file()), None)
+
+
 def print_export(console: Console, out: Path, records: list[quantize.Record]) -> None:
     """The table of linears by kind, what was starved, and where the export is."""
     shown = Table(title="relative error of outputs on calibration text, mean over linears")
@@ -67,8 +106,7 @@ def print_export(console: Console, out: Path, records: list[quantize.Record]) ->
 
 
 def _calibration_rows(job: ExportConfig, folder: Path, opened: Opened) -> quantize.RowsOf:
-    recipes = (folder / "recipe.yaml", folder.parent.parent / "recipe.yaml")
-    recipe_file = next((path for path in recipes if path.is_file()), None)
+    recipe_file = recipe_of(folder)
     if recipe_file is None and job.source is None:
         rule = "has no recipe.yaml that says what it was trained on"
         raise CheckpointError(line("run", job.run, rule, "give source=FOLDER of text"))

@@ -63,10 +63,10 @@ def model_card(
     lines = [
         "---",
         "library_name: ptm",
-        f"tags: [{config.format}, {config.bits}-bit, moe]",
+        f"tags: [{config.format}, {config.width}-bit, moe]",
         "---",
         "",
-        f"{num_parameters(model):,} parameters in {format_bytes(size_bytes)}: {config.bits} bits, "
+        f"{num_parameters(model):,} parameters in {format_bytes(size_bytes)}: {config.width} bits, "
         f"groups of {config.group or 'a row'}, by {how}; "
         "norms, filters, embedding and head in bf16.",
         "",

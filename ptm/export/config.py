@@ -6,6 +6,7 @@ from __future__ import annotations
 from ptm.common.config import Choice, config, ranged
 from ptm.common.errors import RecipeError, line
 from ptm.model.hf_names import Layout
+from ptm.quant.config import Layers
 
 
 class Target(Choice):
@@ -54,18 +55,13 @@ class Fp6(Choice):
     e2m3 = "e2m3"
 
 
-class Layers(Choice):
-    """Which linears are quantized."""
-
-    default = "default"
-    published = "published"
-
-
 class Method(Choice):
     """How codes are chosen."""
 
+    auto = "auto"
     gptq = "gptq"
     nearest = "nearest"
+    trained = "trained"
 
 
 @config
@@ -77,8 +73,8 @@ class ExportConfig:
     format: ExportFormat = ExportFormat.gptq
     """gptq: what transformers, vLLM and GPTQModel read; compressed-tensors: pack-quantized; fp6:
     TC-FPx's 4+2 split."""
-    bits: int = ranged(4, least=4, most=8)
-    "Bits of a weight: 4 or 8; 6 with format=fp6."
+    bits: int | None = ranged(None, least=4, most=8)
+    "Bits of a weight: 4 or 8; 6 with format=fp6. null is 4 or 6."
     group: int = ranged(128, least=0, most=2**16)
     "Inputs that share a scale; 0 is one scale for each output."
     symmetric: bool = True
@@ -87,8 +83,9 @@ class ExportConfig:
     "The grid of format=fp6: e2m3 is finer, e3m2 is FP6-LLM's."
     layers: Layers = Layers.default
     """default: attention and experts; published: the router too, as the published M32 has it."""
-    method: Method = Method.gptq
-    "gptq: by what the inputs are on calibration text; nearest: without text."
+    method: Method = Method.auto
+    """gptq: by what the inputs are on calibration text; nearest: without text; trained: the codes
+    that a run with a qat section was trained with; auto: trained for such a run, else gptq."""
     rows: int = ranged(128, least=1, most=1_000_000)
     "Rows of calibration text at first; more are added for experts that see too little."
     seq_len: int | None = ranged(None, least=2, most=2**20)
@@ -110,10 +107,15 @@ class ExportConfig:
     alpha: float = ranged(0.0, least=0.0, most=1.0)
     "How far outputs are kept those of the whole model (GPTAQ) and not of this layer alone."
 
+    @property
+    def width(self) -> int:
+        """Bits of a weight."""
+        return self.bits or (6 if self.format is ExportFormat.fp6 else 4)
+
     def check(self) -> None:
         """Raise RecipeError where two keys contradict each other."""
         wanted = (6,) if self.format is ExportFormat.fp6 else (4, 8)
-        if self.bits not in wanted:
+        if self.width not in wanted:
             rule = f"format={self.format} has {' or '.join(map(str, wanted))}"
             other = "give format=fp6" if self.bits == 6 else f"give bits={wanted[0]}"
             raise RecipeError(line("bits", self.bits, rule, other))

@@ -27,6 +27,7 @@ from ptm.checkpoint.hf import INDEX, Opened, copy_tokenizer
 from ptm.checkpoint.manifest import write_file
 from ptm.checkpoint.source import RowsSource
 from ptm.common.errors import CheckpointError, DataError, RecipeError, line
+from ptm.engine.split import split
 from ptm.export.calibrate import (
     Text,
     choose_rows,
@@ -37,12 +38,13 @@ from ptm.export.calibrate import (
     share_of,
 )
 from ptm.export.card import model_card
-from ptm.export.config import ExportConfig, ExportFormat, Layers
+from ptm.export.config import ExportConfig, ExportFormat, Method
 from ptm.export.convert import finish_tokenizer
 from ptm.export.partial import Partial
 from ptm.export.stages import Stage, Twin, stages
 from ptm.model.config import ModelConfig
 from ptm.model.hf_names import Layout, Rows, published
+from ptm.quant.config import Layers
 from ptm.quant.gptq import GptqOptions, Hessian, factorize, relative_error, solve
 from ptm.quant.grid import Grid, GridKind, Quantized, round_to_nearest
 from ptm.quant.pack import Format, to_tensors
@@ -69,14 +71,22 @@ class Record(NamedTuple):
 def grid_of(config: ExportConfig) -> Grid:
     if config.format is ExportFormat.fp6:
         return Grid(GridKind(f"fp6_{config.fp6}"), config.group)
-    kind = GridKind.int4 if config.bits == 4 else GridKind.int8
+    kind = GridKind.int4 if config.width == 4 else GridKind.int8
     return Grid(kind, config.group, config.symmetric)
 
 
 def out_of(config: ExportConfig) -> Path:
     if config.out is not None:
         return Path(config.out)
-    return Path(config.run) / "export" / f"{config.format}-{config.bits}"
+    return Path(config.run) / "export" / f"{config.format}-{config.width}"
+
+
+def working_weight(master: Tensor) -> Tensor:
+    """What the paged engine's forward has of an fp32 master in bf16: its upper half."""
+    weight = torch.empty_like(master, dtype=torch.bfloat16)
+    rest = torch.empty_like(master, dtype=torch.int16)
+    split(master.clone(), weight, rest)
+    return weight.float()
 
 
 def is_quantized(name: str, layers: Layers) -> bool:
@@ -98,7 +108,7 @@ def linears_of(model: ModelConfig, layers: Layers) -> dict[str, tuple[int, int]]
 
 def check_sizes(model: ModelConfig, config: ExportConfig) -> None:
     """Raise RecipeError where a group or a word does not divide a linear."""
-    per_word = 32 // config.bits if config.format is ExportFormat.gptq else 1
+    per_word = 32 // config.width if config.format is ExportFormat.gptq else 1
     for name, (outputs, inputs) in linears_of(model, config.layers).items():
         if config.group and inputs % config.group:
             fits = [g for g in (128, 64, 32, 16) if inputs % g == 0]
@@ -114,7 +124,7 @@ def export(
 ) -> tuple[Path, list[Record]]:
     """Write the export; `advance` hears of every linear and every layer of the first pass.
 
-    rows_of is None with method=nearest. Raises CheckpointError, DataError, RecipeError,
+    rows_of is None where no text is needed. Raises CheckpointError, DataError, RecipeError,
     StorageError.
     """
     model = opened.model
@@ -166,10 +176,13 @@ class _Layer:
         )
 
     def round(self) -> None:
-        """Without text: every linear to the nearest codes."""
+        """Without text: every linear to the nearest codes, of the weights that forwards saw."""
+        is_trained = self.config.method is Method.trained
         for name in linears_of(self.opened.model, self.config.layers):
             if name.startswith(self.prefix):
-                self._keep(name, round_to_nearest(self._weight(name), self.grid), None, 0, None)
+                weight = self._weight(name)
+                weight = working_weight(weight) if is_trained else weight
+                self._keep(name, round_to_nearest(weight, self.grid), None, 0, None)
 
     def calibrate(
         self,

@@ -2,6 +2,7 @@
 
 units_of          the model's blocks as units of an engine, and which parameters are experts
 share_experts     dispatchers that reach the experts of other ranks
+put_on_grid       linears and experts whose forward sees weights on a grid
 materialize       buffers of a model on the meta device
 """
 
@@ -10,12 +11,17 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from ptm.common.errors import RecipeError, line
 from ptm.engine.engine import UnitSpec
 from ptm.engine.layout import Named
 from ptm.mesh.mesh import Mesh
+from ptm.model.block import Block
 from ptm.model.moe import MixtureOfExperts
 from ptm.model.transformer import Transformer
 from ptm.parallel.expert import dispatcher_for
+from ptm.quant.config import Layers
+from ptm.quant.fake_quant import quantize_experts, quantize_linear
+from ptm.quant.grid import Grid
 
 
 def units_of(model: Transformer) -> list[UnitSpec]:
@@ -35,6 +41,26 @@ def share_experts(model: Transformer, mesh: Mesh, chunks: int) -> None:
     for module in model.modules():
         if isinstance(module, MixtureOfExperts):
             module.dispatcher = dispatcher
+
+
+def put_on_grid(model: Transformer, grid: Grid, layers: Layers) -> None:
+    """Train as the export of these layers will be. Raises RecipeError for a group that does not
+    divide."""
+    for block in model.model.layers:
+        assert isinstance(block, Block)
+        attention, gate = block.self_attn, block.mlp.gate
+        linears = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+        if layers is Layers.published:
+            linears += [m for m in gate.modules() if isinstance(m, nn.Linear)]
+        experts = block.mlp.experts
+        for inputs in [m.in_features for m in linears] + [experts.w1.shape[2], experts.w2.shape[2]]:
+            if grid.group and inputs % grid.group:
+                rule = f"must divide the {inputs} inputs of a linear"
+                fits = next((g for g in (128, 64, 32, 16) if inputs % g == 0), 0)
+                raise RecipeError(line("qat.group", grid.group, rule, f"give {fits}"))
+        for linear in linears:
+            quantize_linear(linear, grid)
+        quantize_experts(experts, grid)
 
 
 def materialize_buffers(model: nn.Module, device: torch.device) -> None:

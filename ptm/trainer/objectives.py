@@ -8,8 +8,10 @@ weighs more than its tokens (trl#6085, transformers#34191 are what happens other
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ptm.trainer.config import ObjectiveKind
@@ -41,6 +43,36 @@ def pretrain(model: nn.Module, batch: Any) -> Loss:
     """Negative log-likelihood of every label that the batch does not mask; beside it, the balance
     loss of the experts where model.router_aux_loss_coef asks for one."""
     return model.loss(batch)  # type: ignore[operator]
+
+
+class Distilled(NamedTuple):
+    """The Loss of `distilled`: sums over tokens; kl_sum is reported beside nll_sum."""
+
+    nll_sum: Tensor
+    tokens: Tensor
+    aux_sum: Tensor | None
+    total: Tensor
+    metrics: Mapping[str, Tensor]
+
+
+def distilled(teacher: nn.Module, part: float) -> Objective:
+    """(1 - part) x the usual loss + part x KL(teacher || model), over the tokens that count.
+
+    Logits of one micro-batch are held whole, of both. Source: Hinton et al., arXiv 1503.02531.
+    """
+
+    def objective(model: nn.Module, batch: Any) -> Loss:
+        where = {"position_ids_BL": batch.position_ids, "document_ids_BL": batch.document_ids}
+        kept = batch.loss_mask
+        with torch.no_grad():
+            wanted = torch.log_softmax(teacher(batch.input_ids, **where)[kept].float(), -1)
+        found = torch.log_softmax(model(batch.input_ids, **where)[kept].float(), -1)
+        nll_sum = F.nll_loss(found, batch.labels[kept], reduction="sum")
+        kl_sum = F.kl_div(found, wanted, reduction="sum", log_target=True)
+        total = (1 - part) * nll_sum + part * kl_sum
+        return Distilled(nll_sum, kept.sum(), None, total, {"kl": kl_sum.detach()})
+
+    return objective
 
 
 OBJECTIVES: dict[ObjectiveKind, Objective] = {ObjectiveKind.pretrain: pretrain}
