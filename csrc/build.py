@@ -69,7 +69,10 @@ def build(target: Path, *, sanitize: str = "") -> list[Path]:
             continue
         for source in sorted(CSRC.glob("*/*.cpp")):
             if isa in _isas_of(source):
-                jobs.append((source, isa, [*compiler, *FLAGS, *flags, *extra]))
+                # Its own names: the linker merges inline functions and templates of one name, also
+                # where their code differs (another instruction set, another op).
+                names = f"-DPTM_NAMESPACE=ptm_{source.parent.name}_{source.stem}_{isa}"
+                jobs.append((source, isa, [*compiler, *FLAGS, *flags, names, *extra]))
     libraries = [_link(jobs, [*compiler, *LINK, *extra], target / "libptm_cpu.so", objects)]
     nvcc, sources = _nvcc(), sorted(CSRC.glob("*/cuda*.cu"))
     if nvcc and sources:

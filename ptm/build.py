@@ -26,6 +26,7 @@ from ptm.common.device import peak_flops
 from ptm.common.parse import schema_of
 from ptm.common.plan import Plan
 from ptm.data.corpus import Corpus, open_corpus
+from ptm.kernels import native
 from ptm.mesh.mesh import open_mesh
 from ptm.mesh.peers import Peers
 from ptm.model.config import ModelConfig, Scale, flops_per_token
@@ -140,7 +141,9 @@ def open_run(recipe: Recipe, plan: Plan) -> Iterator[Parts]:
         model, engine = build_model(recipe, mesh, plan, peers, run_id=run_id)
         stack.push(lambda kind, *_: engine.close(is_failing=kind is not None))
         state = first_weights(recipe, checkpoints, engine, peers, run_id=run_id)
-        on_main(peers, lambda: run_folder.describe(recipe, plan.text()))
+        kernels = native.table(mesh.device.type)
+        on_main(peers, lambda: run_folder.describe(recipe, plan.text(), kernels))
+        say(native.summary(mesh.device.type))
         metrics = Metrics(
             recipe.run_dir,
             recipe.log,

@@ -177,7 +177,7 @@ def settled(folder: Path, key: str, value: int) -> int:
     return values[key]
 
 
-def describe(recipe: Recipe, plan_text: str) -> None:
+def describe(recipe: Recipe, plan_text: str, kernels: dict[str, str]) -> None:
     """Write recipe.yaml, plan.txt and env.json. Each is replaced whole."""
     folder = recipe.run_dir
     packages = {d.metadata["Name"]: d.version for d in metadata.distributions()}
@@ -189,6 +189,7 @@ def describe(recipe: Recipe, plan_text: str) -> None:
         "cpus": os.cpu_count(),
         "world": env.ranks().world,
         "variables": env.recorded(),
+        "kernels": kernels,
         "packages": dict(sorted(packages.items(), key=lambda pair: pair[0].lower())),
     }
     _write(folder / "recipe.yaml", dump(recipe))

@@ -34,9 +34,11 @@
 
 #define PTM_JOIN2(a, b) a##b
 #define PTM_JOIN(a, b) PTM_JOIN2(a, b)
-// Everything that depends on the instruction set lives in this namespace: an inline function with
-// one name and two encodings would be merged by the linker, and a machine would meet the wrong one.
+// Everything lives in a namespace of its source and instruction set, which csrc/build.py names: the
+// linker merges inline functions and templates of one name, and a machine would meet the wrong one.
+#ifndef PTM_NAMESPACE
 #define PTM_NAMESPACE PTM_JOIN(ptm_, PTM_ISA_NAME)
+#endif
 
 // int ptm_<op>_<isa>(...): arguments are pointers, int64_t and double; the number of threads comes
 // last; returns a Status.

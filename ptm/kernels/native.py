@@ -85,9 +85,19 @@ def declare(*ops: str) -> None:
     _declared.extend(ops)
 
 
-def table() -> dict[str, str]:
-    """What serves each declared op on the CPU: an instruction set, or `reference`."""
-    return {op: backend(op) or "reference" for op in _declared}
+def table(device_type: str = "cpu") -> dict[str, str]:
+    """What serves each declared op on a device: an instruction set, or `reference`."""
+    on_cpu = device_type == "cpu"
+    return {op: on_cpu and backend(op) or "reference" for op in _declared}
+
+
+def summary(device_type: str) -> str:
+    """One line for the head of a run: `kernels: avx512: rope_qk; reference: ...`."""
+    ops: dict[str, list[str]] = {}
+    for op, served_by in table(device_type).items():
+        ops.setdefault(served_by, []).append(op)
+    order = [name for name in (*reversed(ISAS), "reference") if name in ops]
+    return "kernels: " + "; ".join(f"{name}: {', '.join(sorted(ops[name]))}" for name in order)
 
 
 def backend(name: str) -> str | None:

@@ -6,36 +6,59 @@ import sys
 import pytest
 import torch
 
-from ptm.common import env
 from ptm.common.errors import KernelError
 from ptm.kernels import native, rmsnorm
 from tests.support.native import needs_library
 
 
-def chosen(**switches: str) -> subprocess.CompletedProcess:
-    code = (
-        "from ptm.kernels import native, rmsnorm\n"
-        "from ptm.common.errors import KernelError\n"
-        "try: print(native.isa(), native.table())\n"
-        "except KernelError as error: print(error)"
-    )
-    command = [sys.executable, "-c", code]
-    return subprocess.run(command, env=env.child(**switches), capture_output=True, text=True)
+@needs_library
+@pytest.mark.parametrize("backend", ["", "reference"])
+@pytest.mark.parametrize("isa", ["", *native.machine()])
+def test_the_switches_choose(monkeypatch, backend, isa):
+    chosen = switched(monkeypatch, PTM_BACKEND=backend, PTM_CPU_ISA=isa)
+    expected = isa or native.machine()[-1]
+    assert chosen() == (None if backend else expected)
+    below = native.ISAS[: native.ISAS.index(expected) + 1]
+    best = "avx512" if "avx512" in below else "portable"
+    assert native.table()["add_rmsnorm"] == ("reference" if backend else best)
+
+
+@pytest.mark.parametrize(
+    ("switches", "said"),
+    [
+        ({"PTM_BACKEND": "fast"}, "PTM_BACKEND=fast: is one of auto, reference; unset it"),
+        ({"PTM_CPU_ISA": "mmx"}, "PTM_CPU_ISA=mmx: this machine and build have .*; unset it"),
+    ],
+)
+def test_the_switches_refuse(monkeypatch, switches, said):
+    chosen = switched(monkeypatch, **{"PTM_BACKEND": "", **switches})
+    with pytest.raises(KernelError, match=said):
+        chosen()
+
+
+def test_without_a_library_torch_serves(monkeypatch):
+    switched(monkeypatch, PTM_BACKEND="", PTM_CPU_ISA="")
+    monkeypatch.setattr(native, "_library", lambda: None)
+    monkeypatch.setattr(native, "machine", lambda: ())
+    assert native.isa() is None and not native.serves("add_rmsnorm", torch.ones(2, 4))
+    assert set(native.table().values()) == {"reference"}
+
+
+def switched(monkeypatch, **switches: str):
+    """native.isa under these switches, with nothing remembered from before."""
+    for name, value in switches.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(native, "_chosen", native._chosen.__wrapped__)
+    return native.isa
 
 
 @needs_library
-def test_the_switches_choose_and_refuse():
-    best, table = native.machine()[-1], native.table()
-    assert table["add_rmsnorm"] == ("portable" if best == "portable" else "avx512")
-    for switches, said in [
-        ({"PTM_BACKEND": "", "PTM_CPU_ISA": ""}, f"{best} "),
-        ({"PTM_BACKEND": "reference"}, "None {'add_rmsnorm': 'reference'}"),
-        ({"PTM_CPU_ISA": "portable"}, "portable {'add_rmsnorm': 'portable'}"),
-        ({"PTM_CPU_ISA": "mmx"}, "PTM_CPU_ISA=mmx: this machine and build have portable"),
-        ({"PTM_BACKEND": "fast"}, "PTM_BACKEND=fast: is one of auto, reference; unset it"),
-    ]:
-        done = chosen(**{"PTM_BACKEND": "", "PTM_CPU_ISA": "", **switches})
-        assert done.stdout.startswith(said), (switches, done.stdout, done.stderr)
+def test_the_head_of_a_run_says_who_serves():
+    with native.forced("portable"):
+        assert native.summary("cpu").startswith("kernels: portable: add_rmsnorm")
+    with native.forced(None):
+        assert native.summary("cpu").startswith("kernels: reference: add_rmsnorm")
+    assert set(native.table("cuda").values()) == {"reference"}
 
 
 @needs_library

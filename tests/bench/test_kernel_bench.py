@@ -1,0 +1,63 @@
+"""`ptm bench kernels`: its numbers, its chart, and what it refuses."""
+
+import json
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+import torch
+
+from ptm.bench import kernels
+from ptm.bench.kernel_case import Case
+from ptm.common.errors import RecipeError, StorageError
+from ptm.jobs import KernelBenchJob
+from ptm.kernels import native
+from tests.support.native import needs_library
+
+
+def small() -> list[Case]:
+    x = torch.linspace(0, 1, 1000)
+    runs = {"twice": lambda: [x * 2], "rounded": lambda: [(x * 2).bfloat16()]}
+    return [Case("rope_qk", "a thousand", runs, lambda: [x.double() * 2], bytes=8000, flops=1000)]
+
+
+@needs_library
+def test_numbers_table_and_chart(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(kernels.CASES, "rope_qk", small)
+    monkeypatch.setattr(kernels, "WARM_S", 0.0)
+    out, chart = tmp_path / "k.json", tmp_path / "k.svg"
+    kernels.run(
+        KernelBenchJob(bench="kernels", op=("rope_qk",), rounds=3, json=str(out), svg=str(chart))
+    )
+    found = json.loads(out.read_text())
+    assert found["isa"] == native.isa() and found["flops_per_s"] > 1e8
+    (case,) = found["cases"]
+    ours, rounded = case["rows"]
+    assert ours["ratio_least"] == ours["ratio_median"] == 1.0 and ours["error"] < 1e-7
+    assert 1e-4 < rounded["error"] < 4e-3
+    assert rounded["ratio_least"] == rounded["least_s"] / ours["least_s"]
+    assert ours["of_bytes"] == 8000 / ours["least_s"] / case["bytes_per_s"]
+    assert "rope_qk: a thousand" in capsys.readouterr().out
+    bars = ElementTree.parse(chart).getroot().findall("{http://www.w3.org/2000/svg}rect")
+    assert len(bars) == 3  # the ground and two bars
+
+
+@needs_library
+def test_refuses_in_one_line(tmp_path, monkeypatch):
+    with pytest.raises(RecipeError, match="op=ropes: is one of add_rmsnorm, "):
+        kernels.run(KernelBenchJob(bench="kernels", op=("ropes",)))
+    with native.forced(None), pytest.raises(RecipeError, match="no compiled kernel to measure"):
+        kernels.run(KernelBenchJob(bench="kernels"))
+    monkeypatch.setitem(kernels.CASES, "rope_qk", small)
+    job = KernelBenchJob(bench="kernels", op=("rope_qk",), rounds=1, json=str(tmp_path))
+    with pytest.raises(StorageError, match="file=.*cannot be written"):
+        kernels.run(job)
+
+
+@pytest.mark.slow
+@needs_library
+@pytest.mark.parametrize("op", sorted(kernels.CASES))
+def test_the_contestants_of_every_op_agree_with_fp64(op):
+    for case in kernels.CASES[op]():
+        exact = case.exact()
+        for name, run in case.contestants.items():
+            assert kernels._error(run(), exact) < 0.02, (case.what, name)
