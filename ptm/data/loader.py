@@ -18,7 +18,7 @@ import functools
 import hashlib
 import math
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -99,6 +99,14 @@ class Rows:
         return _Epoch(documents, np.cumsum(stream.lengths[documents]), rows)
 
 
+class RowSource(Protocol):
+    """An endless order of rows, as `Rows` is one."""
+
+    def locate(self, index: int) -> RowId: ...
+
+    def batch(self, start: int, stop: int) -> Batch: ...
+
+
 class Loader:
     """Micro-batches of one rank; a step's rows are those of all ranks together, in rank order.
 
@@ -108,7 +116,7 @@ class Loader:
 
     def __init__(
         self,
-        rows: Rows,
+        rows: RowSource,
         *,
         rows_per_step: int,
         rank: int = 0,

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
+    MofNCompleteColumn,
     Progress,
     TextColumn,
     TimeRemainingColumn,
@@ -16,6 +17,40 @@ from rich.progress import (
 )
 
 PLAIN_EVERY_S = 5.0
+
+
+class ThingsDone:
+    """Counts things up to a total, for people."""
+
+    def __init__(self, title: str, total: int, *, is_shown: bool) -> None:
+        self.title, self.total, self.done = title, max(total, 1), 0
+        self.start = self.told = time.monotonic()
+        self.console = Console(stderr=True, quiet=not is_shown)
+        self.bar: Progress | None = None
+        if is_shown and self.console.is_terminal:
+            columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self.bar = Progress(*columns, console=self.console)
+            self.task = self.bar.add_task(title, total=self.total)
+
+    def advance(self, count: int) -> None:
+        self.done += count
+        now = time.monotonic()
+        if self.bar is not None:
+            self.bar.update(self.task, completed=self.done)
+        elif now - self.told >= PLAIN_EVERY_S:
+            self.told = now
+            left = (now - self.start) / self.done * (self.total - self.done)
+            text = f"{self.title}: {self.done:,} of {self.total:,}, {left:.0f} s left"
+            self.console.print(text, highlight=False, soft_wrap=True)
+
+    def __enter__(self) -> ThingsDone:
+        if self.bar is not None:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()
 
 
 class BytesDone:

@@ -124,7 +124,7 @@ class Reader:
                 elif content and not content.isspace():
                     yield self._json_line(content)
 
-    def _json_line(self, content: bytes) -> Document | Bad:
+    def _json_row(self, content: bytes) -> dict[str, Any] | Bad:
         try:
             row = json.loads(content.decode())
         except UnicodeDecodeError as e:
@@ -135,6 +135,12 @@ class Reader:
             return Bad(self.lines, f"not JSON: {e}")
         if not isinstance(row, dict):
             return Bad(self.lines, f"not a JSON object but {_kind(row)}")
+        return row
+
+    def _json_line(self, content: bytes) -> Document | Bad:
+        row = self._json_row(content)
+        if isinstance(row, Bad):
+            return row
         if self.text_key not in row:
             return Bad(self.lines, f"no key {self.text_key!r}")
         text, identity = row[self.text_key], row.get("id")
@@ -153,12 +159,11 @@ class Reader:
             with pq.ParquetFile(self.piece.file.path) as file:
                 groups = range(file.num_row_groups)[self.piece.start : self.piece.stop]
                 num_rows = sum(file.metadata.row_group(i).num_rows for i in groups)
-                wrong = _wrong_column(file.schema_arrow, self.text_key)
+                wrong, columns = self._wrong_columns(file.schema_arrow)
                 if wrong:
                     self.lines = num_rows
                     yield Bad(1, wrong, max(num_rows, 1))
                     return
-                columns = [c for c in ("id", self.text_key) if c in file.schema_arrow.names]
                 for batch in file.iter_batches(256, row_groups=list(groups), columns=columns):
                     yield from self._parquet_batch(batch)
                     self.consumed_bytes = self.piece.size_bytes * self.lines // max(num_rows, 1)
@@ -167,6 +172,11 @@ class Reader:
                 raise
             self.lines += 1
             yield Bad(self.lines, f"damaged .parquet file: {str(e).splitlines()[0][:200]}")
+
+    def _wrong_columns(self, schema: Any) -> tuple[str, list[str]]:
+        """What is wrong with the columns, and those to read."""
+        columns = [c for c in ("id", self.text_key) if c in schema.names]
+        return _wrong_column(schema, self.text_key), columns
 
     def _parquet_batch(self, batch: Any) -> Iterator[Document | Bad]:
         import pyarrow as pa
