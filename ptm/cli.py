@@ -110,7 +110,8 @@ VERBS = {
         "ptm.verbs:bench",
         ("name",),
         {name: ("ptm.jobs:StepBenchJob", "bench") for name in ("engines", "wire", "tiers")}
-        | {"kernels": ("ptm.jobs:KernelBenchJob", "bench")},
+        | {"kernels": ("ptm.jobs:KernelBenchJob", "bench")}
+        | {"decode": ("ptm.jobs:DecodeBenchJob", "bench run exports")},
     ),
 }
 

@@ -116,6 +116,28 @@ class KernelBenchJob:
 
 
 @config
+class DecodeBenchJob:
+    """How fast a model generates, in bf16 and from its exports."""
+
+    bench: str
+    "decode."
+    run: str
+    "Run folder, one of its checkpoints, or a published model folder."
+    exports: tuple[str, ...]
+    "Folders that ptm export wrote of it."
+    batches: tuple[int, ...] = (1, 4, 16)
+    "Prompts at a time."
+    threads: tuple[int, ...] = (1, 2)
+    "Threads of one process."
+    tokens: int = ranged(32, least=1, most=100_000)
+    "New tokens of each prompt."
+    rounds: int = ranged(5, least=1, most=1000)
+    "Turns of every model that are measured."
+    json: str | None = None
+    "File that takes the numbers as JSON."
+
+
+@config
 class StepBenchJob(Recipe):
     """Benches of whole steps, whose recipe words apply to every engine."""
 

@@ -10,11 +10,11 @@ from typing import Protocol
 
 import torch
 
-from ptm.bench import engines, kernels, router, tiers, updates, wire
+from ptm.bench import decode, engines, kernels, router, tiers, updates, wire
 from ptm.build import hardware_folders, make_plan
 from ptm.checkpoint.folders import step_folder
 from ptm.checkpoint.hf import Opened
-from ptm.checkpoint.load_model import module_of
+from ptm.checkpoint.load_model import inference_module_of
 from ptm.checkpoint.open_model import open_model
 from ptm.common import env
 from ptm.common.device import best_device
@@ -31,6 +31,7 @@ from ptm.eval.perplexity import held_out
 from ptm.jobs import (
     BenchJob,
     DataJob,
+    DecodeBenchJob,
     EvalJob,
     GenerateJob,
     KernelBenchJob,
@@ -121,7 +122,7 @@ def generate(job: GenerateJob) -> None:
     """Stream a continuation of the prompt to stdout."""
     opened, folder = open_folder(job.run, job.step)
     tokenizer = load_tokenizer(tokenizer_of(opened, folder))
-    model = module_of(opened, folder).to(best_device())
+    model = inference_module_of(opened, folder).to(best_device())
     sampling = Sampling(job.prompt, job.max_new_tokens, job.temperature, job.top_p, job.seed)
     for text in stream_text(model, tokenizer, sampling):
         print(text, end="", flush=True)
@@ -132,7 +133,7 @@ def evaluate(job: EvalJob) -> None:
     """Print held-out loss, perplexity and bits per byte of a model; every rank takes part."""
     opened, folder = open_folder(job.run, job.step)
     mesh = open_mesh(600)
-    model = module_of(opened, folder).to(mesh.device)
+    model = inference_module_of(opened, folder).to(mesh.device)
     corpus, seq_len = held_out_text(job, Path(job.run), tokenizer_of(opened, folder), model)
     batches = Batches(
         corpus.held_out,
@@ -205,8 +206,11 @@ def report(job: ReportJob) -> None:
     print(write_report(Path(job.run), out=job.out))
 
 
-def bench(job: BenchJob | StepBenchJob | KernelBenchJob) -> None:
+def bench(job: BenchJob | StepBenchJob | KernelBenchJob | DecodeBenchJob) -> None:
     """Run one benchmark and print its table."""
+    if isinstance(job, DecodeBenchJob):
+        decode.run(job)
+        return
     if isinstance(job, KernelBenchJob):
         kernels.run(job)
         return

@@ -19,8 +19,10 @@ from ptm.checkpoint.hf import Opened
 from ptm.checkpoint.open_model import open_model
 from ptm.checkpoint.source import all_rows, check_shapes, stream
 from ptm.common.errors import RecipeError, line
-from ptm.model.config import RopeMode
+from ptm.model.block import Block
+from ptm.model.config import ModelConfig, RopeMode
 from ptm.model.transformer import Transformer
+from ptm.quant.modules import QuantExperts, QuantLinear, Weight, packed
 
 logger = logging.getLogger(__name__)
 
@@ -48,10 +50,8 @@ def module_of(
     rope: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Transformer:
-    """`load_model` of a folder that is open already."""
-    config = opened.model
-    if rope is not None:
-        config = dataclasses.replace(config, rope_mode=RopeMode(rope))
+    """`load_model` of a folder that is open already; an export's codes are dequantized."""
+    config = _with_rope(opened.model, rope)
     weights = opened.weights
     if dtype is None:
         for name in weights.names():
@@ -70,3 +70,54 @@ def _fill(flat: Tensor, pieces: Iterable[Tensor]) -> None:
     for piece in pieces:
         flat[position : position + piece.numel()].copy_(piece.view(-1))
         position += piece.numel()
+
+
+def quantized_module_of(opened: Opened, folder: Path | str, rope: str | None = None) -> Transformer:
+    """An export as a module that multiplies its packed codes; the rest in bf16. For inference."""
+    source = opened.quantized
+    assert source is not None, folder
+    config, weights = _with_rope(opened.model, rope), opened.weights
+    model = Transformer(config, dtype=torch.bfloat16, device=torch.device("meta"))
+    wanted = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    check_shapes(weights, wanted, folder)
+    quantized = set(source.modules)
+
+    def weight_of(module: str) -> Weight:
+        if module in quantized:
+            return packed(*source.quantized(module))
+        return source.read(f"{module}.weight").bfloat16()
+
+    for i, block in enumerate(model.model.layers):
+        assert isinstance(block, Block)
+        prefix = f"model.layers.{i}"
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            if (module := f"{prefix}.self_attn.{name}") in quantized:
+                setattr(block.self_attn, name, QuantLinear(weight_of(module)))
+        stems = [f"{prefix}.mlp.experts.{e}" for e in range(config.num_experts)]
+        if any(f"{stem}.{w}" in quantized for stem in stems for w in ("w1", "w2")):
+            sides = ([weight_of(f"{stem}.{w}") for stem in stems] for w in ("w1", "w2"))
+            experts = QuantExperts(*sides)
+            block.mlp.dispatcher = experts
+            block.mlp.experts = experts  # type: ignore[assignment]
+    for name, parameter in list(model.named_parameters()):
+        owner, _, attribute = name.rpartition(".")
+        filled = torch.empty(parameter.shape, dtype=parameter.dtype)
+        _fill(filled.view(-1), stream(weights, all_rows(weights, name)))
+        made = torch.nn.Parameter(filled, requires_grad=False)
+        setattr(model.get_submodule(owner), attribute, made)
+    for name, buffer in list(model.named_buffers()):
+        owner, _, attribute = name.rpartition(".")
+        is_kept = attribute not in model.get_submodule(owner)._non_persistent_buffers_set
+        zeros = torch.zeros_like(buffer, device="cpu")
+        model.get_submodule(owner).register_buffer(attribute, zeros, persistent=is_kept)
+    return model.eval()
+
+
+def inference_module_of(opened: Opened, folder: Path | str, rope: str | None = None) -> Transformer:
+    """What `ptm generate` and `ptm eval` run: an export on its codes, any other as stored."""
+    make = module_of if opened.quantized is None else quantized_module_of
+    return make(opened, folder, rope)
+
+
+def _with_rope(config: ModelConfig, rope: str | None) -> ModelConfig:
+    return config if rope is None else dataclasses.replace(config, rope_mode=RopeMode(rope))

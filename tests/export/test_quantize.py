@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from ptm.checkpoint.hf import Opened, open_hf
-from ptm.checkpoint.load_model import load_model, module_of
+from ptm.checkpoint.load_model import load_model, module_of, quantized_module_of
 from ptm.checkpoint.source import TensorInfo
 from ptm.common.errors import CheckpointError, PtmError, RecipeError
 from ptm.export import quantize
 from ptm.export.calibrate import choose_rows
 from ptm.export.card import starved
-from ptm.export.config import ConvertConfig, ExportConfig, ExportFormat, Layers, Method, Target
+from ptm.export.config import ConvertConfig, ExportConfig, ExportFormat, Fp6, Layers, Method, Target
 from ptm.export.convert import convert
 from ptm.export.quantize import Record, export, linears_of
 from ptm.model.config import ModelConfig
@@ -267,3 +267,36 @@ def test_strange_quantization_configs_are_refused(
     text = str(error.value)
     assert re.search(match, text) or "has shape" in text, text
     assert "\n" not in text
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"group": 16, "format": ExportFormat.compressed_tensors},
+        {"bits": 8, "symmetric": False},
+        {"format": ExportFormat.fp6, "fp6": Fp6.e3m2},
+    ],
+    ids=str,
+)
+def test_packed_inference_is_that_of_the_dequantized_model(
+    opened: Opened, tmp_path: Path, keys: dict
+) -> None:
+    out, _ = run(opened, tmp_path / "out", method=Method.nearest, **keys)
+    again = open_hf(out)
+    exact = module_of(again, out, dtype=torch.float32)
+    rounded = module_of(again, out, dtype=torch.bfloat16)
+    packed = quantized_module_of(again, out)
+    size = sum(p.numel() for p in packed.parameters())
+    assert size == sum(p.numel() for n, p in exact.named_parameters() if "experts" not in n
+                       and "_proj" not in n)  # fmt: skip
+    ids, _ = rows_of(4)
+    with torch.no_grad():
+        wanted, noise, found = (m(ids).float() for m in (exact, rounded, packed))
+    # Of the middle row: one of another expert, at a tie of the router's, is another function.
+    error, bound = (
+        ((other - wanted).norm(dim=-1) / wanted.norm(dim=-1)).median() for other in (found, noise)
+    )
+    assert error < 1.5 * bound < 0.05
+    a, b = (list(m.stream(ids[:2, :8], 6)) for m in (packed, rounded))
+    assert len(a) == len(b) == 6
