@@ -1,6 +1,6 @@
 """Generation: run the prompt, pick a token, run that, until every row has ended.
 
-Rows are independent: each draws from numbers of its own, a function of its seed, and neither padding
+Rows are independent: each draws from numbers of its own, a function of its seed; neither padding
 nor the other rows of the batch reach it. So a batch gives what its rows give one by one, up to
 rounding, and the same batch gives the same bits wherever it runs.
 """
