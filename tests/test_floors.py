@@ -34,7 +34,6 @@ ROOMS = {
         "build",
         "modes",
         "parts",
-        "tuning",
         "verbs",
         "verbs_export",
         "bench",

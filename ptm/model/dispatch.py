@@ -18,7 +18,6 @@ from typing import Protocol
 
 from torch import Tensor
 
-from ptm.kernels.permute import combine, grouped_rows, permute, slots
 from ptm.model.experts import Experts
 from ptm.model.router import Routing
 
@@ -31,9 +30,5 @@ class Dispatcher(Protocol):
 
 class LocalDispatcher:
     def run(self, x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
-        """Copy each token into the groups of its experts, and add up what comes out."""
-        slots_TA = slots(routing.ids_TA, routing.counts_E)
-        num_rows = grouped_rows(slots_TA.numel(), routing.counts_E.numel())
-        x_RD = permute(x_TD, slots_TA, num_rows)
-        y_RD = experts(x_RD, routing.counts_E)
-        return combine(y_RD, slots_TA, routing.weights_TA)
+        """All in one op: gather, experts, weighted sum."""
+        return experts(x_TD, routing.ids_TA, routing.weights_TA, routing.counts_E)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ptm.kernels.grouped_gemm import swiglu_experts
+from ptm.kernels.moe_mlp import moe_mlp
 from ptm.model.config import ModelConfig
 
 
@@ -19,5 +19,8 @@ class Experts(nn.Module):
         self.w1 = nn.Parameter(torch.empty(E, 2 * F, D))
         self.w2 = nn.Parameter(torch.empty(E, D, F))
 
-    def forward(self, x_RD: Tensor, counts_e: Tensor) -> Tensor:
-        return swiglu_experts(x_RD, self.w1, self.w2, counts_e)
+    def forward(
+        self, x_TD: Tensor, ids_TA: Tensor, weights_TA: Tensor | None, counts_e: Tensor
+    ) -> Tensor:
+        """Each row through its experts, weighted and added up; see `moe_mlp`."""
+        return moe_mlp(x_TD, ids_TA, weights_TA, counts_e, self.w1, self.w2)

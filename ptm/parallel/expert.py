@@ -2,15 +2,16 @@
 rows travel to the ranks of their experts and back.
 
     home of the tokens                              rank of the experts
-    x_TD - permute -> rows_SD -- all-to-all ------> rows_QD - scatter -> x_RD, aligned, by expert
-                                                                          | experts
-    y_TD <- combine - rows_SD <------ all-to-all -- rows_QD <- gather --- y_RD
+    x_TD - permute -> rows_SD -- all-to-all ------> rows_QD
+                                                       | experts
+    y_TD <- combine - rows_SD <------ all-to-all -- rows_QD
 
 S = T x A rows leave a rank, by global expert and in token order within one; Q arrive, by (source
-rank, local expert, token order), and are scattered into the layout of ptm/kernels/permute.py, so an
-expert sees its rows by (source rank, token order). Nothing is padded on the wire and no token is
-dropped: what a rank sends is its routed rows for other ranks. The numbers of rows go ahead in an
-all-to-all of their own, of 8 bytes an expert. Weights are applied at home, as LocalDispatcher does.
+rank, local expert, token order). An expert takes its rows from among them by (source rank, token
+order), and puts what it makes in their places (ptm/kernels/moe_mlp.py). Nothing is padded on the
+wire and no token is dropped: what a rank sends is its routed rows for other ranks. The numbers of
+rows go ahead in an all-to-all of their own, of 8 bytes an expert. Weights are applied at home, as
+LocalDispatcher does.
 
     AllToAllDispatcher   the drawing as it stands; the backward is the same with the arrows turned
     ChunkedDispatcher    the same in pieces, so that one is computed while others are on their way
@@ -37,8 +38,8 @@ import torch
 from torch import Tensor
 
 from ptm.common.errors import RecipeError, line
-from ptm.kernels.grouped_gemm import backward_groups, forward_groups
-from ptm.kernels.permute import ALIGN, combine, permute, slots
+from ptm.kernels.moe_mlp import Kept, backward_rows, forward_rows
+from ptm.kernels.permute import combine, permute
 from ptm.mesh.collectives import Pending, all_to_all
 from ptm.mesh.mesh import Mesh
 from ptm.model.dispatch import Dispatcher, LocalDispatcher
@@ -85,17 +86,15 @@ class Piece(NamedTuple):
     sent: list[int]
     received: list[int]
     "Rows to and from each rank."
-    ends: list[int]
-    "Where each local expert's aligned group ends; the last one is R."
 
 
 class Trip(NamedTuple):
-    """How the rows of one call travel. Shapes: place (T, A) in S; of each piece, slots (Q,) in R
-    and counts (e,) over all sources."""
+    """How the rows of one call travel. Shapes: place (T, A) in S; of each piece, ids (Q,) of local
+    experts, from the piece's first on, and counts (e,) over all sources."""
 
     place_TA: Tensor
     pieces: list[Piece]
-    slots: list[Tensor]
+    ids: list[Tensor]
     counts: list[Tensor]
 
 
@@ -138,7 +137,7 @@ class Wire:
             ids_E = torch.arange(counts_e.numel(), device=device).repeat(self.num_ranks)
             ids_Q = ids_E.repeat_interleave(counts_NE.flatten(), output_size=sum(piece.received))
             trip.pieces.append(piece)
-            trip.slots.append(slots(ids_Q[:, None], counts_e).flatten())
+            trip.ids.append(ids_Q)
             trip.counts.append(counts_e)
         return trip
 
@@ -147,26 +146,15 @@ class Wire:
         rows = rows_SD[piece.rows]
         return all_to_all(rows, piece.sent, piece.received, self.group, self.ledger)
 
-    def home(self, y_RD: Tensor, slots_Q: Tensor, piece: Piece) -> tuple[Tensor, Pending]:
-        """Start what came out of a piece's experts (R, D) back to where the rows came from."""
-        rows_QD = y_RD.index_select(0, slots_Q)
+    def home(self, rows_QD: Tensor, piece: Piece) -> tuple[Tensor, Pending]:
+        """Start rows (Q, D) in the order of their arrival back to where they came from."""
         return all_to_all(rows_QD, piece.received, piece.sent, self.group, self.ledger)
 
 
 def _piece(span: slice, start: int, sent: list[list[int]], received: list[list[int]]) -> Piece:
     sent_N = [sum(counts[span]) for counts in sent]
     received_N = [sum(counts[span]) for counts in received]
-    ends, end = [], 0
-    for count in map(sum, zip(*(counts[span] for counts in received))):
-        end += -(-count // ALIGN) * ALIGN
-        ends.append(end)
-    return Piece(span, slice(start, start + sum(sent_N)), sent_N, received_N, ends)
-
-
-def _scatter(rows_QD: Tensor, slots_Q: Tensor, piece: Piece) -> Tensor:
-    """Rows that arrived into their expert's groups, zero rows between: (R, D)."""
-    x_RD = rows_QD.new_zeros(piece.ends[-1], rows_QD.shape[1])
-    return x_RD.index_copy_(0, slots_Q, rows_QD)
+    return Piece(span, slice(start, start + sum(sent_N)), sent_N, received_N)
 
 
 class AllToAllDispatcher:
@@ -179,45 +167,40 @@ class AllToAllDispatcher:
         """As LocalDispatcher, with `experts` holding this rank's only. Moves S rows each way, less
         those that stay."""
         trip = self.wire.plan(routing)
-        (piece,), (slots_Q,), (counts_e,) = trip.pieces, trip.slots, trip.counts
+        (piece,), (ids_Q,), (counts_e,) = trip.pieces, trip.ids, trip.counts
         rows_SD = permute(x_TD, trip.place_TA, trip.place_TA.numel())
-        x_RD: Any = _Out.apply(rows_SD, slots_Q, piece, self.wire)
-        rows_SD = _Home.apply(experts(x_RD, counts_e), slots_Q, piece, self.wire)
+        rows_QD: Any = _Out.apply(rows_SD, piece, self.wire)
+        rows_QD = experts(rows_QD, ids_Q[:, None], None, counts_e)
+        rows_SD = _Home.apply(rows_QD, piece, self.wire)
         return combine(rows_SD, trip.place_TA, routing.weights_TA)
 
 
 class _Out(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows_SD: Tensor, slots_Q: Tensor, piece: Piece, wire: Wire) -> Tensor:
-        ctx.save_for_backward(slots_Q)
+    def forward(ctx, rows_SD: Tensor, piece: Piece, wire: Wire) -> Tensor:
         ctx.piece, ctx.wire = piece, wire
-        rows_QD, pending = wire.out(rows_SD, piece)
-        pending.wait()
-        return _scatter(rows_QD, slots_Q, piece)
+        return _arrived(wire.out(rows_SD, piece))
 
     @staticmethod
-    def backward(ctx, grad_RD: Tensor):  # type: ignore[override]
-        (slots_Q,) = ctx.saved_tensors
-        grad_SD, pending = ctx.wire.home(grad_RD, slots_Q, ctx.piece)
-        pending.wait()
-        return grad_SD, None, None, None
+    def backward(ctx, grad_QD: Tensor):  # type: ignore[override]
+        return _arrived(ctx.wire.home(grad_QD, ctx.piece)), None, None
 
 
 class _Home(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, y_RD: Tensor, slots_Q: Tensor, piece: Piece, wire: Wire) -> Tensor:
-        ctx.save_for_backward(slots_Q)
+    def forward(ctx, rows_QD: Tensor, piece: Piece, wire: Wire) -> Tensor:
         ctx.piece, ctx.wire = piece, wire
-        rows_SD, pending = wire.home(y_RD, slots_Q, piece)
-        pending.wait()
-        return rows_SD
+        return _arrived(wire.home(rows_QD, piece))
 
     @staticmethod
     def backward(ctx, grad_SD: Tensor):  # type: ignore[override]
-        (slots_Q,) = ctx.saved_tensors
-        grad_QD, pending = ctx.wire.out(grad_SD, ctx.piece)
-        pending.wait()
-        return _scatter(grad_QD, slots_Q, ctx.piece), None, None, None
+        return _arrived(ctx.wire.out(grad_SD, ctx.piece)), None, None
+
+
+def _arrived(coming: tuple[Tensor, Pending]) -> Tensor:
+    rows, pending = coming
+    pending.wait()
+    return rows
 
 
 class ChunkedDispatcher:
@@ -238,7 +221,7 @@ class ChunkedDispatcher:
         trip = self.wire.plan(routing)
         rows_SD = permute(x_TD, trip.place_TA, trip.place_TA.numel())
         rows: Any = _Pipeline.apply(
-            rows_SD, experts.w1, experts.w2, self.wire, trip.pieces, *trip.slots
+            rows_SD, experts.w1, experts.w2, self.wire, trip.pieces, trip.ids, trip.counts
         )
         return combine(rows, trip.place_TA, routing.weights_TA)
 
@@ -249,49 +232,39 @@ class _Pipeline(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, rows_SD: Tensor, w1: Tensor, w2: Tensor, wire: Wire, pieces: list[Piece], *slots
+        ctx, rows_SD: Tensor, w1: Tensor, w2: Tensor, wire: Wire, pieces: list[Piece], ids, counts
     ) -> Tensor:
-        kept_x, kept_hidden, homes = [], [], []
-        for piece, slots_Q, x_RD in _arrivals(rows_SD, wire, pieces, slots):
-            y_RD, hidden = forward_groups(x_RD, w1[piece.experts], w2[piece.experts], piece.ends)
-            homes.append(wire.home(y_RD, slots_Q, piece))
-            kept_x.append(x_RD)
-            kept_hidden.append(hidden)
-        ctx.save_for_backward(w1, w2, *slots, *kept_x, *kept_hidden)
+        kept, homes = [], []
+        for c, (piece, rows_QD) in enumerate(_arrivals(rows_SD, wire, pieces)):
+            mine = piece.experts
+            y_QD, keep = forward_rows(rows_QD, ids[c], counts[c], w1[mine], w2[mine])
+            homes.append(wire.home(y_QD, piece))
+            kept += keep
+        ctx.save_for_backward(w1, w2, *kept)
         ctx.wire, ctx.pieces = wire, pieces
         return _whole(homes)
 
     @staticmethod
     def backward(ctx, grad_SD: Tensor):  # type: ignore[override]
-        wire, pieces, n = ctx.wire, ctx.pieces, len(ctx.pieces)
         w1, w2, *kept = ctx.saved_tensors
-        slots, kept_x, kept_hidden = kept[:n], kept[n : 2 * n], kept[2 * n :]
         grad_w1, grad_w2 = torch.empty_like(w1), torch.empty_like(w2)
         homes = []
-        for c, (piece, slots_Q, grad_RD) in enumerate(_arrivals(grad_SD, wire, pieces, slots)):
-            mine = piece.experts
-            grad_x = backward_groups(
-                grad_RD,
-                kept_x[c],
-                w1[mine],
-                w2[mine],
-                kept_hidden[c],
-                piece.ends,
-                into=(grad_w1[mine], grad_w2[mine]),
-            )
-            homes.append(wire.home(grad_x, slots_Q, piece))
-        return _whole(homes), grad_w1, grad_w2, None, None, *[None] * n
+        for c, (piece, grad_QD) in enumerate(_arrivals(grad_SD, ctx.wire, ctx.pieces)):
+            mine, of_piece = piece.experts, Kept(*kept[4 * c : 4 * c + 4])
+            into = grad_w1[mine], grad_w2[mine]
+            grad_x = backward_rows(grad_QD, w1[mine], w2[mine], of_piece, into=into)
+            homes.append(ctx.wire.home(grad_x, piece))
+        return _whole(homes), grad_w1, grad_w2, None, None, None, None
 
 
-def _arrivals(rows_SD: Tensor, wire: Wire, pieces: list[Piece], slots):
-    """Yield (piece, slots, rows by expert) in turn, each with the next one under way."""
+def _arrivals(rows_SD: Tensor, wire: Wire, pieces: list[Piece]):
+    """Yield (piece, rows as they arrived) in turn, each with the next one under way."""
     coming = wire.out(rows_SD, pieces[0])
-    for c, (piece, slots_Q) in enumerate(zip(pieces, slots)):
-        rows_QD, pending = coming
+    for c, piece in enumerate(pieces):
+        here = coming
         if c + 1 < len(pieces):
             coming = wire.out(rows_SD, pieces[c + 1])
-        pending.wait()
-        yield piece, slots_Q, _scatter(rows_QD, slots_Q, piece)
+        yield piece, _arrived(here)
 
 
 def _whole(homes: list[tuple[Tensor, Pending]]) -> Tensor:

@@ -19,8 +19,11 @@ others, fragmentation on a GPU, and whether the formulas hold for CUDA, which is
 
 from __future__ import annotations
 
+import torch
+
 from ptm.kernels import attention as attention_kernel
 from ptm.kernels import loss as loss_kernel
+from ptm.kernels import moe_mlp as moe_kernel
 from ptm.kernels.permute import grouped_rows
 from ptm.model.config import RouterKind
 from ptm.planner.job import Job
@@ -95,12 +98,27 @@ def _kept_scores(job: Job) -> int:
     return job.micro_rows * job.model.num_attention_heads * scores * job.compute_bytes
 
 
+def _has_kernel(job: Job) -> bool:
+    """Whether the op of ptm/kernels/moe_mlp.py serves: rows unpadded, read where they are."""
+    m = job.model
+    return (
+        job.device == "cpu"
+        and job.compute_bytes == 2
+        and moe_kernel.fits(torch.bfloat16, m.hidden_size, m.moe_intermediate_size)
+    )
+
+
+def _rows(job: Job) -> int:
+    routed = job.micro_rows * job.seq_len * job.model.num_experts_per_tok
+    return routed if _has_kernel(job) else grouped_rows(routed, job.model.num_experts // job.ep)
+
+
 def _expert_rows(job: Job) -> int:
-    m, c, T = job.model, job.compute_bytes, job.micro_rows * job.seq_len
-    R = grouped_rows(T * m.num_experts_per_tok, m.num_experts // job.ep)
+    m, c = job.model, job.compute_bytes
     # On CUDA autograd keeps the activation and the product too.
     hidden = (4 if job.device == "cuda" else 2) * m.moe_intermediate_size
-    return R * c * (2 * m.hidden_size + hidden)
+    moved = 0 if _has_kernel(job) and job.ep == 1 else 2 * m.hidden_size
+    return _rows(job) * c * (moved + hidden)
 
 
 def _experts_backward(job: Job) -> int:
@@ -110,10 +128,15 @@ def _experts_backward(job: Job) -> int:
     """
     m, c, T = job.model, job.compute_bytes, job.micro_rows * job.seq_len
     D, E, F = m.hidden_size, m.num_experts // job.ep, m.moe_intermediate_size
-    R = grouped_rows(T * m.num_experts_per_tok, E)
-    saved, rows = saved_by_layer(job), R * D * c + T * D * c
+    R = _rows(job)
+    weights, saved = 3 * E * F * D * c, saved_by_layer(job)
+    if _has_kernel(job) and job.ep == 1:
+        tokens = 2 * T * D * c  # gradients of the block's rows and of the experts' input
+        products = saved + tokens + R * D * c + weights
+        sums = saved - _expert_rows(job) + tokens + weights + _widened(job, 2 * E * F * D)
+        return max(products, sums)
+    rows = R * D * c + T * D * c
     rows += T * m.num_experts_per_tok * D * c if job.ep > 1 else 0  # on their way
-    weights = 3 * E * F * D * c
     products = saved - R * D * c + rows + R * D * c + weights + 4 * R // E * F * c
     sums = saved - _expert_rows(job) + rows + weights + _widened(job, 2 * E * F * D)
     return max(products, sums)

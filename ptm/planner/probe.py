@@ -35,8 +35,8 @@ from ptm.engine import tier
 from ptm.engine.split import join, split
 from ptm.engine.states import CHUNK
 from ptm.kernels.attention import causal_attention
-from ptm.kernels.grouped_gemm import swiglu_experts
 from ptm.kernels.loss import linear_cross_entropy
+from ptm.kernels.moe_mlp import moe_mlp
 from ptm.mesh.loopback import measure_loopback
 from ptm.model.context import make_context
 from ptm.model.transformer import Transformer
@@ -133,11 +133,12 @@ def _flops_per_s(dtype: torch.dtype, device: torch.device) -> dict[str, float]:
     x, w = made(T, D), made(2 * D, D)
     w1, w2 = made(8, 2 * F, D), made(8, D, F)
     counts = torch.full((8,), rows // 8, device=device)
+    ids = torch.arange(rows, device=device).remainder(8)[:, None]
     q, k, v = (made(1, 4, L, 128) for _ in range(3))
     head, labels = made(V, D), torch.zeros(T, dtype=torch.int64, device=device)
     work = {
         "dense": (lambda: x @ w.t(), 2 * T * D * 2 * D),
-        "experts": (lambda: swiglu_experts(x, w1, w2, counts), 2 * rows * 3 * D * F),
+        "experts": (lambda: moe_mlp(x, ids, None, counts, w1, w2), 2 * rows * 3 * D * F),
         "attention": (lambda: causal_attention(q, k, v), 2 * L * 4 * 128 * L),
         "head": (lambda: linear_cross_entropy(x, head, labels), 2 * T * V * D),
     }

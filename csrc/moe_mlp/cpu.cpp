@@ -1,0 +1,338 @@
+// A mixture of SwiGLU experts over rows that each name A of them, forward and backward, bf16:
+//
+//   y_t = sum over a of weight_ta (silu(x_t G_e^T) * (x_t U_e^T)) W2_e^T,   e = ids_ta, W1 = [G ; U]
+//
+// Forward, for up to `kRows` rows of one expert (weights are A as they lie in memory):
+//
+//   x gathered -> columns     G, U (16 rows each) x columns -> silu(g) u, left as columns
+//                             W2 (32 rows)        x columns -> rows, turned back, each to its place
+//
+// The rows of g and u are kept, in bf16, for the backward. Backward, for one expert (rows are A):
+//
+//   dy rows x W2 paired   -> dh; with g, u: rows of dg and du, pairs of w h, and <dh, h> = dweight
+//   dg, du rows x W1      -> dx rows, each to its place
+//   (dg, du) turned x x paired -> dW1;   dy turned x (w h) paired -> dW2
+//
+// So what an expert returned is never needed again, nor kept. Rows of a token are added up in the
+// order of its experts, each sum of a product goes over k in order: no result depends on threads.
+#include "product.h"
+#include "room.h"
+#include "swiglu.h"
+
+#include <atomic>
+
+namespace PTM_NAMESPACE {
+
+constexpr int64_t kCache = 1 << 18;   // bytes of weights in pairs at a time
+constexpr int64_t kRows = 512;        // rows of one expert at a time, forward
+
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// A part of a parallel_for: tiles at its begin, and at its end what was streamed is in memory.
+struct Part {
+#if PTM_ISA_AMX
+  Tiles tiles;
+#endif
+  ~Part() {
+#if PTM_ISA_AVX512
+    _mm_sfence();
+#endif
+  }
+};
+
+struct Shape {
+  int64_t T, A, D, F, E;
+};
+
+// Rows of expert e are order[starts[e]] ... order[starts[e + 1] - 1], each the number t * A + a.
+struct Plan {
+  const int64_t *order, *starts;
+};
+
+// Rows k of a weight, columns [from, from + n) -> panels
+inline void paired(const bf16* w, int64_t k, int64_t stride, int64_t from, int64_t n, uint32_t* to) {
+  for (int64_t j = 0; j < k; j += 2) {
+    const bf16* row = w + j * stride + from;
+    for (int64_t i = 0; i < n; i += 32) {
+      prefetch(row + 8 * stride + i);
+      prefetch(row + 9 * stride + i);
+    }
+    pair_rows(row, row + stride, n, to + j / 2 * kTile, panel(k));
+  }
+}
+
+// y_t = sum of w_ta rows_ta; without weights, of rows
+inline void add_up(const bf16* rows, const float* weights, bf16* to, const Shape& s,
+                   int64_t threads) {
+  parallel_for(s.T, 64, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; t++)
+      for_lanes(s.D, [&](int64_t d, auto lanes) {
+        vf total = splat(0);
+        for (int64_t a = t * s.A; a < (t + 1) * s.A; a++) {
+          const vf row = load(rows + a * s.D + d, lanes);
+          total += weights ? row * splat(weights[a]) : row;
+        }
+        store(to + t * s.D + d, total, lanes);
+      });
+  });
+}
+
+// Rows by expert, in their order within one: counting them, then placing them
+inline bool sort_rows(const int64_t* ids, int64_t count, int64_t E, int64_t* order,
+                      int64_t* starts) {
+  memset(starts, 0, sizeof(int64_t) * (E + 1));
+  for (int64_t i = 0; i < count; i++) {
+    if (ids[i] < 0 || ids[i] >= E) return false;
+    starts[ids[i] + 1]++;
+  }
+  for (int64_t e = 0; e < E; e++) starts[e + 1] += starts[e];
+  for (int64_t i = 0; i < count; i++) order[starts[ids[i]]++] = i;
+  for (int64_t e = E; e > 0; e--) starts[e] = starts[e - 1];
+  starts[0] = 0;
+  return true;
+}
+
+struct Forward {
+  Shape s;
+  Plan plan;
+  const bf16 *x, *w1, *w2;
+  bf16 *rows, *hidden;
+
+  // Rows [from, from + n) of the order, all of expert e
+  bool run(int64_t e, int64_t from, int64_t n) const {
+    const int64_t padded = up(n, 32), pairs = padded / 32;
+    Room& mine = room();
+    if (!mine.reset(padded * (2 * s.D + 2 * s.F) + 2 * pairs * int64_t(sizeof(Block)))) return false;
+    uint32_t *columns = mine.take<uint32_t>(padded / 16 * panel(s.D)),
+             *h = mine.take<uint32_t>(padded / 16 * panel(s.F));
+    Block* sums = mine.take<Block>(2 * pairs);
+    const int64_t* order = plan.order + from;
+    for (int64_t i = 0; i < padded; i += kTile) {
+      const bf16* row[kTile];
+      for (int64_t j = 0; j < kTile; j++)
+        row[j] = i + j < n ? x + order[i + j] / s.A * s.D : nullptr;
+      columns_of(row, s.D, columns + i / kTile * panel(s.D));
+    }
+    const bf16 *gate = w1 + e * 2 * s.F * s.D, *value = gate + s.F * s.D;
+    sweep(  // 32 rows of G, the same of U, and so on
+        s.F / kTile,
+        [&](int64_t i) { return rows_of((i % 2 ? value : gate) + i / 2 * 32 * s.D, s.D); }, true,
+        true, columns, s.D, pairs, sums, [&](int64_t i, int64_t p, const Block& u, int piece) {
+          if (i % 2 == 0) return;
+          const Block& g = sums[p];
+          const int64_t f = i / 2 * 32, q = piece / 2, row = 32 * p + kTile * q;
+          if (piece % 2 == 0)
+            swiglu(g, u, q, h + row / kTile * panel(s.F) + f / 2 * kTile);
+          else if (hidden)
+            keep(g, u, q, hidden + (from + row) * 2 * s.F + f, s.F, least(kTile, n - row));
+        });
+    const bf16* w = w2 + e * s.D * s.F;
+    sweep(
+        s.D / 32, [&](int64_t d) { return rows_of(w + d * 32 * s.F, s.F); }, true, false, h, s.F,
+        pairs, sums, [&](int64_t block, int64_t p, const Block& c, int piece) {
+          if (piece % 2) return;
+          const int64_t q = piece / 2, i = 32 * p + kTile * q;
+          turn_back(c, q, [&](int64_t j, const Row32& row) {
+            if (i + j < n) put(rows + order[i + j] * s.D + block * 32, row);
+          });
+        });
+    return true;
+  }
+};
+
+struct Backward {
+  Shape s;
+  Plan plan;
+  const bf16 *grad, *x;
+  const float* weights;
+  const bf16 *w1, *w2, *hidden;
+  bf16* rows;
+  float* by_weights;
+  bf16 *by_w1, *by_w2;
+
+  bool run(int64_t e) const {
+    const int64_t from = plan.starts[e], n = plan.starts[e + 1] - from, padded = up(n, 32);
+    bf16 *to_w1 = by_w1 ? by_w1 + e * 2 * s.F * s.D : nullptr, *to_w2 = by_w2 + e * s.D * s.F;
+    if (n == 0) {
+      if (!by_w1) return true;
+      memset((void*)to_w1, 0, 4 * s.F * s.D);
+      memset((void*)to_w2, 0, 2 * s.F * s.D);
+      return true;
+    }
+    const int64_t* order = plan.order + from;
+    Room& mine = room();
+    const int64_t blocks_needed = most(s.D, s.F) / 16;
+    const int64_t weight_dwords = kCache / 4 + 16 * most(s.D, 2 * s.F);
+    if (!mine.reset(padded * (6 * s.D + 6 * s.F + 64 + 4 + 64) + 4 * weight_dwords +
+                    blocks_needed * int64_t(sizeof(Block)) + 1024))
+      return false;
+    bf16 *dy = mine.take<bf16>(padded * s.D), *by_hidden = mine.take<bf16>(padded * 2 * s.F),
+         *block = mine.take<bf16>(32 * padded);
+    uint32_t *h = mine.take<uint32_t>(s.F / 16 * panel(padded)),
+             *other = mine.take<uint32_t>(s.D / 16 * panel(padded)),
+             *weight = mine.take<uint32_t>(weight_dwords);
+    float *sums = mine.take<float>(padded * 16), *scale = mine.take<float>(padded);
+    Block* blocks = mine.take<Block>(blocks_needed);
+    memset(sums, 0, sizeof(float) * padded * 16);
+    for (int64_t i = 0; i < padded; i++) {
+      scale[i] = i >= n ? 0.0f : weights ? weights[order[i]] : 1.0f;
+      if (i < n)
+        memcpy((void*)(dy + i * s.D), grad + order[i] / s.A * s.D, 2 * s.D);
+      else
+        memset((void*)(dy + i * s.D), 0, 2 * s.D);
+    }
+    by_product(e, from, n, padded, dy, weight, by_hidden, h, sums,
+               scale, blocks);
+    if (by_weights)
+      for (int64_t i = 0; i < n; i++) {
+        float total = 0;
+        for (int64_t j = 0; j < 16; j++) total += sums[16 * i + j];
+        by_weights[order[i]] = total;
+      }
+    by_rows(e, n, padded, order, by_hidden, weight, blocks);
+    if (!by_w1) return true;
+    for (int64_t i = 0; i < padded; i += 2) {
+      const bf16* a = i < n ? x + order[i] / s.A * s.D : nullptr;
+      const bf16* b = i + 1 < n ? x + order[i + 1] / s.A * s.D : nullptr;
+      pair_rows(a, b, s.D, other + i / 2 * kTile, panel(padded));
+    }
+    by_weight(by_hidden, 2 * s.F, other, s.D, padded, block, blocks, to_w1);
+    by_weight(dy, s.D, h, s.F, padded, block, blocks, to_w2);
+    return true;
+  }
+
+  // dh = dy W2, and what follows from it row by row
+  void by_product(int64_t e, int64_t from, int64_t n, int64_t padded, const bf16* dy,
+                  uint32_t* weight, bf16* by_hidden, uint32_t* h, float* sums, const float* scale,
+                  Block* blocks) const {
+    const int64_t width = most(32, kCache / (2 * s.D) / 32 * 32);
+    for (int64_t f0 = 0; f0 < s.F; f0 += width) {
+      const int64_t wide = least(width, s.F - f0);
+      paired(w2 + e * s.D * s.F, s.D, s.F, f0, wide, weight);
+      sweep(
+          padded / 32, [&](int64_t i) { return rows_of(dy + 32 * i * s.D, s.D); }, false, false, weight, s.D,
+          wide / 32, blocks, [&](int64_t i, int64_t p, const Block& c, int piece) {
+            const int64_t column = f0 + 32 * p;
+            for (int64_t j = 8 * piece; j < 8 * piece + 8; j += 2) {
+              const int64_t r = 32 * i + j;
+              const bf16 *first = hidden + (from + least(r, n - 1)) * 2 * s.F + column,
+                         *second = hidden + (from + least(r + 1, n - 1)) * 2 * s.F + column;
+              swiglu_backward(c, j, first, second, s.F, scale + r, sums + 16 * r,
+                              by_hidden + r * 2 * s.F + column,
+                              h + column / 16 * panel(padded) + r / 2 * kTile, panel(padded));
+            }
+          });
+    }
+  }
+
+  // dx = (dg, du) W1
+  void by_rows(int64_t e, int64_t n, int64_t padded, const int64_t* order, const bf16* by_hidden,
+               uint32_t* weight, Block* blocks) const {
+    const int64_t k = 2 * s.F, width = most(32, kCache / (2 * k) / 32 * 32);
+    for (int64_t d0 = 0; d0 < s.D; d0 += width) {
+      const int64_t wide = least(width, s.D - d0);
+      paired(w1 + e * k * s.D, k, s.D, d0, wide, weight);
+      sweep(
+          padded / 32, [&](int64_t i) { return rows_of(by_hidden + 32 * i * k, k); }, false, false, weight, k,
+          wide / 32, blocks, [&](int64_t i, int64_t p, const Block& c, int piece) {
+            for (int64_t r = 8 * piece; r < 8 * piece + 8 && 32 * i + r < n; r++)
+              put(rows + order[32 * i + r] * s.D + d0 + 32 * p,
+                  rounded(c.c[r >> 4][0][r & 15], c.c[r >> 4][1][r & 15]));
+          });
+    }
+  }
+
+  // (m, n) = a^T b over the rows of an expert
+  void by_weight(const bf16* a, int64_t m, const uint32_t* b, int64_t n, int64_t padded, bf16* block,
+                 Block* blocks, bf16* to) const {
+    sweep(
+        m / 32,
+        [&](int64_t i) {
+          turned(a + 32 * i, m, padded, block);
+          return rows_turned(block, padded);
+        },
+        false, false, b, padded, n / 32, blocks, [&](int64_t i, int64_t p, const Block& c, int piece) {
+          for (int64_t r = 8 * piece; r < 8 * piece + 8; r++)
+            stream(to + (32 * i + r) * n + 32 * p,
+                   rounded(c.c[r >> 4][0][r & 15], c.c[r >> 4][1][r & 15]));
+        });
+  }
+};
+
+inline bool fits(const Shape& s) { return s.D % 32 == 0 && s.F % 32 == 0 && s.A > 0; }
+
+inline int64_t rows_at_a_time(const Shape& s) {
+  return least(kRows, most(64, (5 << 18) / (2 * (s.D + s.F)) / 32 * 32));
+}
+
+}  // namespace PTM_NAMESPACE
+
+using namespace PTM_NAMESPACE;
+
+#if PTM_ISA_PORTABLE
+PTM_EXPORT(moe_plan)
+(const void* ids, void* order, void* starts, int64_t count, int64_t E, int64_t) {
+  const bool known = sort_rows((const int64_t*)ids, count, E, (int64_t*)order, (int64_t*)starts);
+  return known ? PTM_OK : PTM_BAD_SHAPE;
+}
+#endif
+
+PTM_EXPORT(moe_mlp)
+(const void* x, const void* weights, const void* w1, const void* w2, const void* order,
+ const void* starts, void* rows, void* y, void* hidden, int64_t T, int64_t A, int64_t D, int64_t F,
+ int64_t E, int64_t threads) {
+  const Shape s{T, A, D, F, E};
+  if (!fits(s)) return PTM_BAD_SHAPE;
+  const Plan plan{(const int64_t*)order, (const int64_t*)starts};
+  const Forward forward{s, plan, (const bf16*)x, (const bf16*)w1, (const bf16*)w2,
+                        (bf16*)(rows ? rows : y), (bf16*)hidden};
+  const int64_t size = rows_at_a_time(s);
+  Scratch<int64_t> first(E + 1);  // number of the first piece of each expert
+  if (!first.data) return PTM_NO_MEMORY;
+  first.data[0] = 0;
+  for (int64_t e = 0; e < E; e++)
+    first.data[e + 1] = first.data[e] + (plan.starts[e + 1] - plan.starts[e] + size - 1) / size;
+  std::atomic<int> status{PTM_OK};
+  parallel_for(first.data[E], 1, threads, [&](int64_t begin, int64_t end) {
+    Part part;
+    int64_t e = 0;
+    for (int64_t i = begin; i < end; i++) {
+      while (first.data[e + 1] <= i) e++;
+      const int64_t from = plan.starts[e] + (i - first.data[e]) * size;
+      if (!forward.run(e, from, least(size, plan.starts[e + 1] - from))) status = PTM_NO_MEMORY;
+    }
+  });
+  if (rows && status == PTM_OK)
+    add_up((const bf16*)rows, (const float*)weights, (bf16*)y, s, threads);
+  return status;
+}
+
+PTM_EXPORT(moe_mlp_backward)
+(const void* grad, const void* x, const void* weights, const void* w1, const void* w2,
+ const void* order, const void* starts, const void* hidden, void* rows, void* by_x,
+ void* by_weights, void* by_w1, void* by_w2, int64_t T, int64_t A, int64_t D, int64_t F, int64_t E,
+ int64_t threads) {
+  const Shape s{T, A, D, F, E};
+  if (!fits(s)) return PTM_BAD_SHAPE;
+  const Backward backward{s,
+                          {(const int64_t*)order, (const int64_t*)starts},
+                          (const bf16*)grad,
+                          (const bf16*)x,
+                          (const float*)weights,
+                          (const bf16*)w1,
+                          (const bf16*)w2,
+                          (const bf16*)hidden,
+                          (bf16*)(rows ? rows : by_x),
+                          (float*)by_weights,
+                          (bf16*)by_w1,
+                          (bf16*)by_w2};
+  std::atomic<int> status{PTM_OK};
+  parallel_for(E, 1, threads, [&](int64_t begin, int64_t end) {
+    Part part;
+    for (int64_t e = begin; e < end; e++)
+      if (!backward.run(e)) status = PTM_NO_MEMORY;
+  });
+  if (rows && status == PTM_OK) add_up((const bf16*)rows, nullptr, (bf16*)by_x, s, threads);
+  return status;
+}

@@ -1,0 +1,199 @@
+// The product that everything here is made of: 32 rows of A times two panels of B, in fp32.
+//
+//   AMX        2 x 2 tiles: 4 of C stay in registers, each step of k loads 2 of A and 2 of B
+//   AVX-512    8 rows x 2 panels of C in registers, pairs of A broadcast (vdpbf16ps)
+//   portable   4 rows x 16 columns, widened by shifts
+#pragma once
+
+#include "../common/amx.h"
+#include "layout.h"
+
+namespace PTM_NAMESPACE {
+
+// C of a product: [half of A][half of B][row][column]
+struct alignas(64) Block {
+  float c[2][2][16][16];
+};
+
+// 32 rows of A: row r of step s begins at `first` (`second` for the upper 16) + s * step + r * row
+struct RowsA {
+  const bf16 *first, *second;
+  int64_t row, step;
+};
+
+inline RowsA rows_of(const bf16* a, int64_t stride) {
+  return {a, a + kTile * stride, stride, kStep};
+}
+
+inline RowsA rows_turned(const bf16* a, int64_t k) { return {a, a + k * kTile, kStep, kBlockA}; }
+
+// What will be wanted next, two runs of memory; each step of k asks for `lines` cache lines of both.
+struct Ahead {
+  const char *first, *second;
+  int64_t lines;
+};
+
+#if PTM_ISA_AMX
+
+template <class Between>
+inline void product(RowsA a, const uint32_t* b0, const uint32_t* b1, int64_t k, bool add,
+                    Block& out, Ahead ahead, Between between) {
+  if (add) {
+    _tile_loadd(0, out.c[0][0], 64);
+    _tile_loadd(1, out.c[1][0], 64);
+    _tile_loadd(2, out.c[0][1], 64);
+    _tile_loadd(3, out.c[1][1], 64);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  const bf16 *a0 = a.first, *a1 = a.second;
+  const int64_t row_bytes = 2 * a.row;
+  for (int64_t j = 0; j < k; j += kStep) {
+    _tile_loadd(4, a0, row_bytes);
+    _tile_loadd(6, b0, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(5, a1, row_bytes);
+    _tile_dpbf16ps(1, 5, 6);
+    _tile_loadd(7, b1, 64);
+    _tile_dpbf16ps(2, 4, 7);
+    _tile_dpbf16ps(3, 5, 7);
+    a0 += a.step;
+    a1 += a.step;
+    b0 += 256;
+    b1 += 256;
+    for (int64_t i = 0; i < ahead.lines; i++) {
+      _mm_prefetch(ahead.first, _MM_HINT_T1);
+      _mm_prefetch(ahead.second, _MM_HINT_T1);
+      ahead.first += 64;
+      ahead.second += 64;
+    }
+    between();
+  }
+  _tile_stored(0, out.c[0][0], 64);
+  _tile_stored(1, out.c[1][0], 64);
+  _tile_stored(2, out.c[0][1], 64);
+  _tile_stored(3, out.c[1][1], 64);
+}
+
+#elif PTM_ISA_AVX512
+
+template <class Between>
+inline void product(RowsA a, const uint32_t* b0, const uint32_t* b1, int64_t k, bool add,
+                    Block& out, Ahead, Between) {
+  for (int half = 0; half < 2; half++)
+    for (int r0 = 0; r0 < 16; r0 += 8) {
+      float(*c0)[16] = out.c[half][0] + r0, (*c1)[16] = out.c[half][1] + r0;
+      __m512 x[8], y[8];
+      for (int r = 0; r < 8; r++) {
+        x[r] = add ? _mm512_load_ps(c0[r]) : _mm512_setzero_ps();
+        y[r] = add ? _mm512_load_ps(c1[r]) : _mm512_setzero_ps();
+      }
+      const bf16* rows = (half ? a.second : a.first) + r0 * a.row;
+      const uint32_t *p0 = b0, *p1 = b1;
+      for (int64_t j = 0; j < k; j += kStep, rows += a.step)
+        for (int p = 0; p < 16; p++, p0 += 16, p1 += 16) {
+          const __m512bh v0 = (__m512bh)_mm512_load_si512(p0);
+          const __m512bh v1 = (__m512bh)_mm512_load_si512(p1);
+          for (int r = 0; r < 8; r++) {
+            int pair;
+            memcpy(&pair, rows + r * a.row + 2 * p, 4);
+            const __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
+            x[r] = _mm512_dpbf16_ps(x[r], both, v0);
+            y[r] = _mm512_dpbf16_ps(y[r], both, v1);
+          }
+        }
+      for (int r = 0; r < 8; r++) {
+        _mm512_store_ps(c0[r], x[r]);
+        _mm512_store_ps(c1[r], y[r]);
+      }
+    }
+}
+
+#else
+
+inline float wide(uint32_t upper_half) {
+  float x;
+  memcpy(&x, &upper_half, 4);
+  return x;
+}
+
+template <class Between>
+inline void product(RowsA a, const uint32_t* b0, const uint32_t* b1, int64_t k, bool add,
+                    Block& out, Ahead, Between) {
+  for (int part = 0; part < 16; part++) {
+    const int half = part >> 3, r0 = part % 4 * 4;
+    const uint32_t* b = part & 4 ? b1 : b0;
+    float(*c)[16] = out.c[half][part & 4 ? 1 : 0] + r0;
+    float sum[4][16];
+    for (int r = 0; r < 4; r++)
+      for (int n = 0; n < 16; n++) sum[r][n] = add ? c[r][n] : 0.0f;
+    const bf16* rows = (half ? a.second : a.first) + r0 * a.row;
+    for (int64_t j = 0; j < k; j += kStep, rows += a.step)
+      for (int p = 0; p < 16; p++, b += 16) {
+        float low[16], high[16];
+        for (int n = 0; n < 16; n++) {
+          low[n] = wide(b[n] << 16);
+          high[n] = wide(b[n] & 0xffff0000u);
+        }
+        for (int r = 0; r < 4; r++) {
+          uint16_t pair[2];
+          memcpy(pair, rows + r * a.row + 2 * p, 4);
+          const float x = wide((uint32_t)pair[0] << 16);
+          const float y = wide((uint32_t)pair[1] << 16);
+          for (int n = 0; n < 16; n++) sum[r][n] += x * low[n] + y * high[n];
+        }
+      }
+    for (int r = 0; r < 4; r++)
+      for (int n = 0; n < 16; n++) c[r][n] = sum[r][n];
+  }
+}
+
+#endif
+
+// The blocks of A, a(0) to a(count - 1), times `pairs` pairs of panels, k deep. done(i, pair, block,
+// piece) uses a finished product, in kPieces; with AMX one product is made while the one before is
+// used, for tiles and vectors are different units. Meanwhile the next block of A comes nearer, if
+// it `lies` somewhere already. `sums` has room for 2 x pairs products; where `both`, those of an
+// even block i, sums[pair], stay until block i + 1 is done.
+constexpr int kPieces = 4;
+constexpr int64_t kDeep = 512;  // k of a product at most: its rows and columns fit in L1
+
+template <class A, class Done>
+inline void sweep(int64_t count, A a, bool lies, bool both, const uint32_t* b, int64_t k, int64_t pairs,
+                  Block* sums, Done done) {
+  const int64_t steps = pairs * (k / kStep), lines = (k * kTile * 2 / 64 + steps - 1) / steps;
+  const Block* made = nullptr;
+  int64_t made_i = 0, made_p = 0;
+  int piece = kPieces;
+  auto use = [&](int64_t pieces) {
+    for (; piece < kPieces && pieces > 0; pieces--) done(made_i, made_p, *made, piece++);
+  };
+  for (int64_t i = 0; i < count; i++) {
+    const RowsA rows = a(i), next = lies && i + 1 < count ? a(i + 1) : rows;
+    Ahead ahead{(const char*)next.first, (const char*)next.second,
+                lies && i + 1 < count ? lines : 0};
+    for (int64_t j = 0; j < k; j += kDeep) {
+      const int64_t deep = k - j < kDeep ? k - j : kDeep, skipped = j / kStep * rows.step;
+      const RowsA part{rows.first + skipped, rows.second + skipped, rows.row, rows.step};
+      const int64_t each = (kPieces + deep / kStep - 1) / (deep / kStep);
+      for (int64_t p = 0; p < pairs; p++) {
+        Block& sum = sums[both || k > kDeep ? (i & 1) * pairs + p : (i * pairs + p) & 1];
+        if (pairs == 1) use(kPieces);
+        const uint32_t* b0 = b + 2 * p * panel(k) + panel(j);
+        product(part, b0, b0 + panel(k), deep, j > 0, sum, ahead, [&] { use(each); });
+        ahead.first += deep / kStep * ahead.lines * 64;
+        ahead.second += deep / kStep * ahead.lines * 64;
+        if (j + deep == k) {
+          use(kPieces);
+          made = &sum, made_i = i, made_p = p, piece = 0;
+        }
+      }
+    }
+  }
+  use(kPieces);
+}
+
+}  // namespace PTM_NAMESPACE

@@ -1,0 +1,160 @@
+// What happens to a finished product: silu(g) u and its derivatives, rounding, and turning back.
+// Each function has an AVX-512 form and a plain one.
+#pragma once
+
+#include "product.h"
+
+namespace PTM_NAMESPACE {
+
+#if PTM_ISA_AVX512
+// 1 / (1 + 2^(-x log2 e)): 2^f on [0, 1) to 4e-6 and a reciprocal to 6e-5, a sixtieth of what
+// rounding to bf16 loses. A precise exp and division here cost as much as the products.
+PTM_INLINE __m512 sigmoid(__m512 x) {
+  x = _mm512_mul_ps(x, _mm512_set1_ps(-1.44269504f));
+  const __m512 f = _mm512_reduce_ps(x, 1);  // x - floor(x)
+  __m512 p = _mm512_fmadd_ps(f, _mm512_set1_ps(0.01353418f), _mm512_set1_ps(0.05201143f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.24144278f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.69300383f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.00000259f));
+  return _mm512_rcp14_ps(_mm512_add_ps(_mm512_scalef_ps(p, x), _mm512_set1_ps(1.0f)));
+}
+
+PTM_INLINE __m512 widened(const bf16* p) {
+  return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+}
+#else
+PTM_INLINE vf sigmoid(vf x) { return 1.0f / (1.0f + vexp(-x)); }
+#endif
+
+// 32 elements of a row
+#if PTM_ISA_AVX512
+typedef __m512i Row32;
+
+PTM_INLINE Row32 rounded(const float* first, const float* second) {
+  return (__m512i)_mm512_cvtne2ps_pbh(_mm512_load_ps(second), _mm512_load_ps(first));
+}
+PTM_INLINE void put(bf16* to, Row32 row) { _mm512_storeu_si512(to, row); }
+#else
+struct Row32 {
+  bf16 x[32];
+};
+
+inline Row32 rounded(const float* first, const float* second) {
+  Row32 row;
+  for (int i = 0; i < 16; i += W) {
+    store(row.x + i, load(first + i));
+    store(row.x + 16 + i, load(second + i));
+  }
+  return row;
+}
+inline void put(bf16* to, const Row32& row) { memcpy((void*)to, row.x, sizeof row.x); }
+#endif
+
+// The same past the caches, for whole lines that nobody reads soon: a store would fetch them first.
+inline void stream(bf16* to, const Row32& row) {
+#if PTM_ISA_AVX512
+  if ((uintptr_t(to) & 63) == 0) return _mm512_stream_si512((__m512i*)to, row);
+#endif
+  put(to, row);
+}
+
+// 32 features x 16 rows (half q of the columns) of g and u -> 16 k pairs of a panel of silu(g) u
+inline void swiglu(const Block& g, const Block& u, int64_t q, uint32_t* to) {
+#if PTM_ISA_AVX512
+  auto silu_u = [&](int r) {
+    const __m512 gate = _mm512_load_ps(g.c[r >> 4][q][r & 15]);
+    return _mm512_mul_ps(_mm512_mul_ps(gate, _mm512_load_ps(u.c[r >> 4][q][r & 15])),
+                         sigmoid(gate));
+  };
+  for (int r = 0; r < 32; r += 2) _mm512_store_si512(to + 8 * r, zipped(silu_u(r), silu_u(r + 1)));
+#else
+  for (int r = 0; r < 32; r++) {
+    bf16 h[16];
+    for (int i = 0; i < 16; i += W) {
+      const vf gate = load(g.c[r >> 4][q][r & 15] + i);
+      store(h + i, gate * load(u.c[r >> 4][q][r & 15] + i) * sigmoid(gate));
+    }
+    for (int i = 0; i < 16; i++) memcpy((char*)(to + r / 2 * 16 + i) + r % 2 * 2, h + i, 2);
+  }
+#endif
+}
+
+// 32 features x 16 rows -> rows of 32: put(row, ...) stores one
+template <class Put>
+inline void turn_back(const Block& block, int64_t q, Put put) {
+#if PTM_ISA_AVX512
+  __m512i r[16];
+  for (int i = 0; i < 16; i++)
+    r[i] = zipped(_mm512_load_ps(block.c[i >> 3][q][2 * i & 15]),
+                  _mm512_load_ps(block.c[i >> 3][q][(2 * i & 15) + 1]));
+  transpose(r);
+  for (int i = 0; i < 16; i++) put(i, r[i]);
+#else
+  for (int i = 0; i < 16; i++) {
+    Row32 row;
+    for (int r = 0; r < 32; r++) row.x[r] = to_bf16(block.c[r >> 4][q][r & 15][i]);
+    put(i, row);
+  }
+#endif
+}
+
+// n rows of g and, F further on, of u
+inline void keep(const Block& g, const Block& u, int64_t q, bf16* to, int64_t F, int64_t n) {
+  turn_back(g, q, [&](int64_t i, const Row32& row) {
+    if (i < n) stream(to + 2 * F * i, row);
+  });
+  turn_back(u, q, [&](int64_t i, const Row32& row) {
+    if (i < n) stream(to + 2 * F * i + F, row);
+  });
+}
+
+// Rows r and r + 1 of dh before the router's weight (scale): with s = sigmoid(g), a = g s
+//
+//   sums += dh a u;   du = scale dh a;   dg = scale dh u (s + a (1 - s));   pairs of scale a u
+//
+// to: rows of dg and, F further on, of du; pairs: of two panels, `stride` apart.
+inline void swiglu_backward(const Block& dh, int64_t r, const bf16* hidden0, const bf16* hidden1,
+                            int64_t F, const float* scale, float* sums, bf16* to, uint32_t* pairs,
+                            int64_t stride) {
+#if PTM_ISA_AVX512
+  __m512 h[2][2];
+  for (int j = 0; j < 2; j++, to += 2 * F, sums += 16) {
+    const bf16* row = j ? hidden1 : hidden0;
+    const __m512 w = _mm512_set1_ps(scale[j]);
+    __m512 total = _mm512_load_ps(sums), by_g[2], by_u[2];
+    for (int q = 0; q < 2; q++) {
+      const __m512 g = widened(row + 16 * q), u = widened(row + F + 16 * q);
+      const __m512 s = sigmoid(g), a = _mm512_mul_ps(g, s), au = _mm512_mul_ps(a, u);
+      __m512 d = _mm512_load_ps(dh.c[(r + j) >> 4][q][(r + j) & 15]);
+      total = _mm512_fmadd_ps(d, au, total);
+      h[j][q] = _mm512_mul_ps(au, w);
+      d = _mm512_mul_ps(d, w);
+      by_u[q] = _mm512_mul_ps(d, a);
+      by_g[q] = _mm512_mul_ps(_mm512_mul_ps(d, u), _mm512_fnmadd_ps(a, s, _mm512_add_ps(a, s)));
+    }
+    _mm512_store_ps(sums, total);
+    _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(by_g[1], by_g[0]));
+    _mm512_storeu_si512(to + F, (__m512i)_mm512_cvtne2ps_pbh(by_u[1], by_u[0]));
+  }
+  for (int q = 0; q < 2; q++) _mm512_store_si512(pairs + q * stride, zipped(h[0][q], h[1][q]));
+#else
+  for (int j = 0; j < 2; j++, to += 2 * F, sums += 16) {
+    const bf16* row = j ? hidden1 : hidden0;
+    const vf w = splat(scale[j]);
+    for (int q = 0; q < 2; q++) {
+      bf16 h[16];
+      for (int i = 0, c = 16 * q; i < 16; i += W, c += W) {
+        const vf g = load(row + c), u = load(row + F + c);
+        const vf d = load(dh.c[(r + j) >> 4][q][(r + j) & 15] + i), s = sigmoid(g), a = g * s;
+        store(sums + i, load(sums + i) + d * a * u);
+        store(to + c, d * w * u * (s + a - a * s));
+        store(to + F + c, d * w * a);
+        store(h + i, w * a * u);
+      }
+      for (int i = 0; i < 16; i++) memcpy((char*)(pairs + q * stride + i) + 2 * j, h + i, 2);
+    }
+  }
+#endif
+}
+
+}  // namespace PTM_NAMESPACE

@@ -1,0 +1,165 @@
+"""The compiled mixture of experts against a sum over all experts in fp64, on every instruction set
+here, and as the model and the ranks of an ep axis call it."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ptm.common.errors import KernelError
+from ptm.kernels import native
+from ptm.kernels.moe_mlp import Kept, backward_rows, forward_rows, moe_mlp
+from ptm.kernels.permute import slots
+from tests.support.native import each_isa, error, needs_library, poisoned, same_bits
+
+BF16 = torch.bfloat16
+# T, D, F, E, A, experts that get rows
+SHAPES = {
+    "no tokens": (0, 32, 32, 4, 2, 4),
+    "one token": (1, 32, 64, 4, 2, 4),
+    "odd numbers": (77, 64, 96, 5, 2, 5),
+    "idle experts": (45, 32, 32, 9, 2, 3),
+    "all to one": (70, 96, 32, 3, 1, 1),
+    "all to all": (33, 32, 64, 3, 3, 3),
+    "k in parts": (40, 32, 1056, 2, 2, 2),
+    "rows in parts": (1100, 32, 32, 2, 1, 2),
+}
+# The norm of one rounding to 2^-9 is 2e-3. Gradients of weights see two (dg, du or h, and their
+# own), y and the gradient of x a third (a token's rows before they are added up). The router's
+# gradient is a sum with cancellation over rounded g and u.
+BOUND = {"y": 6e-3, "x": 6e-3, "weights": 4e-2, "w1": 4e-3, "w2": 5e-3}
+
+
+def draw(*shape, seed, scale=1.0, dtype=BF16):
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
+    return values.to(dtype).requires_grad_()
+
+
+def inputs(T, D, F_, E, A, used):
+    x, grad = draw(T, D, seed=0), draw(T, D, seed=1).detach()
+    w1, w2 = draw(E, 2 * F_, D, seed=2, scale=D**-0.5), draw(E, D, F_, seed=3, scale=F_**-0.5)
+    weights = draw(T, A, seed=4, dtype=torch.float32)
+    scores = torch.rand(T, used, generator=torch.Generator().manual_seed(5))
+    return x, scores.argsort(1)[:, :A], weights, w1, w2, grad
+
+
+def counted(ids, E):
+    return torch.bincount(ids.flatten(), minlength=E)
+
+
+def dense(x, ids, weights, w1, w2):
+    """Every token through every expert, and zero weight for those not chosen."""
+    gate, up = torch.einsum("td,egd->teg", x, w1).chunk(2, dim=-1)
+    y = torch.einsum("tef,edf->ted", F.silu(gate) * up, w2)
+    full = torch.zeros(len(x), len(w1), dtype=x.dtype).scatter(1, ids, weights)
+    return torch.einsum("te,ted->td", full, y)
+
+
+def value_and_gradients(x, ids, weights, w1, w2, grad):
+    y = moe_mlp(x, ids, weights, counted(ids, len(w1)), w1, w2)
+    return [y, *torch.autograd.grad(y, [x, weights, w1, w2], grad)]
+
+
+@each_isa
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_value_and_gradients(isa, shape):
+    x, ids, weights, w1, w2, grad = inputs(*shape)
+    wide = [t.detach().double().requires_grad_() for t in (x, weights, w1, w2)]
+    y = dense(wide[0], ids, *wide[1:])
+    expected = [y, *torch.autograd.grad(y, wide, grad.double())]
+    with native.forced(isa), poisoned():
+        assert native.has("moe_mlp")
+        found = value_and_gradients(x, ids, weights, w1, w2, grad)
+    for (name, bound), a, b in zip(BOUND.items(), found, expected, strict=True):
+        assert error(a, b) <= bound, (name, error(a, b))
+    idle = counted(ids, len(w1)) == 0
+    assert not found[3][idle].any() and not found[4][idle].any()
+
+
+@each_isa
+def test_the_same_bits_for_any_number_of_threads(isa):
+    case = inputs(611, 64, 96, 6, 2, 5)
+    with native.forced(isa):
+        same_bits(lambda: value_and_gradients(*case))
+
+
+@each_isa
+def test_rows_with_one_expert_and_no_weight(isa):
+    """As the ranks of an ep axis call it, with autograd and without."""
+    x, ids, _, w1, w2, grad = inputs(90, 32, 64, 4, 1, 3)
+    ones, counts = torch.ones(90, 1, dtype=torch.float64), counted(ids, 4)
+    wide = [t.detach().double().requires_grad_() for t in (x, w1, w2)]
+    y = dense(wide[0], ids, ones, *wide[1:])
+    expected = [y, *torch.autograd.grad(y, wide, grad.double())]
+    with native.forced(isa), poisoned():
+        y = moe_mlp(x, ids, None, counts, w1, w2)
+        found = [y, *torch.autograd.grad(y, [x, w1, w2], grad)]
+        into = torch.empty_like(w1), torch.empty_like(w2)
+        plain = [t.detach() for t in (w1, w2)]
+        with torch.no_grad():
+            y, kept = forward_rows(x, ids.flatten(), counts, *plain)
+            by_x = backward_rows(grad, *plain, Kept(*kept), into=into)
+    for a, b in zip(found, expected, strict=True):
+        assert error(a, b) <= 6e-3
+    assert all(map(torch.equal, found, [y, by_x, *into]))
+
+
+@each_isa
+def test_frozen_experts_get_no_gradient_and_nothing_is_kept_without_one(isa):
+    x, ids, weights, w1, w2, grad = inputs(50, 32, 32, 4, 2, 4)
+    counts = counted(ids, 4)
+    with native.forced(isa):
+        _, by_x, by_weights, *_ = value_and_gradients(x, ids, weights, w1, w2, grad)
+        y = moe_mlp(x, ids, weights, counts, w1.detach(), w2.detach())
+        again = torch.autograd.grad(y, [x, weights], grad)
+        assert torch.equal(again[0], by_x) and torch.equal(again[1], by_weights)
+        with torch.no_grad():
+            assert torch.equal(moe_mlp(x, ids, weights, counts, w1, w2), y)
+
+
+@each_isa
+def test_infinities_and_nans_are_not_hidden(isa):
+    x, ids, weights, w1, w2, _ = inputs(40, 32, 32, 4, 2, 4)
+    for bad in (float("inf"), float("nan")):
+        broken = x.detach().clone()
+        broken[7, 3] = bad
+        with native.forced(isa), torch.no_grad():
+            y = moe_mlp(broken, ids, weights, counted(ids, 4), w1, w2)
+        finite = y.isfinite().all(1)
+        assert not finite[7] and finite.sum() == 39
+
+
+@needs_library
+def test_the_order_is_a_stable_sort():
+    ids = torch.tensor([[2, 0], [0, 3], [2, 3], [0, 2]])
+    order, starts = torch.ops.ptm.moe_plan(ids, 5)
+    assert order.tolist() == torch.argsort(ids.flatten(), stable=True).tolist()
+    assert starts.tolist() == [0, 3, 3, 6, 8, 8]
+    place = slots(ids, counted(ids, 5)).flatten()
+    assert place[order].tolist() == sorted(place.tolist())
+    with pytest.raises(KernelError, match="kernel=moe_plan: shapes it cannot do"):
+        torch.ops.ptm.moe_plan(ids, 3)
+
+
+@pytest.mark.parametrize("shape", [(9, 48, 32, 4, 2, 4), (9, 32, 24, 4, 2, 4)], ids=str)
+def test_other_sizes_take_the_reference(shape):
+    x, ids, weights, w1, w2, grad = inputs(*shape)
+    found = value_and_gradients(x, ids, weights, w1, w2, grad)
+    with native.forced(None):
+        wanted = value_and_gradients(x, ids, weights, w1, w2, grad)
+    assert all(map(torch.equal, found, wanted))
+
+
+@needs_library
+def test_the_op_keeps_torchs_rules():
+    x, ids, weights, w1, w2, grad = inputs(12, 32, 32, 4, 2, 4)
+    order, starts = torch.ops.ptm.moe_plan(ids, 4)
+    torch.library.opcheck(torch.ops.ptm.moe_plan.default, (ids, 4))
+    for some in (weights, None):
+        rows = (order, starts) if some is not None else torch.ops.ptm.moe_plan(ids[:, :1], 4)
+        args = (x, some, w1, w2, *rows, True)
+        torch.library.opcheck(torch.ops.ptm.moe_mlp.default, args)
+    whole = torch.compile(moe_mlp, fullgraph=True, backend="aot_eager")
+    y = whole(x, ids, weights, counted(ids, 4), w1, w2)
+    found = [y, *torch.autograd.grad(y, [x, weights, w1, w2], grad)]
+    wanted = value_and_gradients(x, ids, weights, w1, w2, grad)
+    assert all(map(torch.equal, found, wanted))
