@@ -51,6 +51,7 @@ from ptm.serve.generator import Sampling, stream_text
 from ptm.trainer.config import TrainConfig
 from ptm.trainer.loop import Run, fit
 from ptm.trainer.metrics import Metrics
+from ptm.tuning import base_tokenizer
 
 SAMPLE = Sampling(prompt="import os\n\n\nclass", max_new_tokens=160, temperature=0.8, top_p=0.9)
 
@@ -131,7 +132,7 @@ def open_run(recipe: Recipe, plan: Plan) -> Iterator[Parts]:
         incident.set_run_dir(recipe.run_dir)
         say_if(on_main(peers, lambda: room_for_checkpoints(recipe, plan)))
         corpus = open_corpus(
-            recipe.data,
+            base_tokenizer(recipe),
             vocab_size=recipe.model.vocab_size,
             seed=recipe.train.seed,
             is_builder=mesh.is_main,

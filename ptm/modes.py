@@ -8,9 +8,9 @@ so order, resume and ranks need nothing from a mode.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -27,7 +27,8 @@ from ptm.trainer.config import ObjectiveKind
 from ptm.trainer.loop import Batches as StepBatches
 from ptm.trainer.loop import Summary, per_token
 from ptm.trainer.metrics import Metrics
-from ptm.trainer.objectives import OBJECTIVES, Objective, distilled
+from ptm.trainer.objectives import OBJECTIVES, REPLAY_METRICS, Objective, distilled, replaying
+from ptm.tuning import BeforeAfter, Replaying, Rows, Sft
 
 
 @dataclass(frozen=True)
@@ -104,4 +105,65 @@ def pretrain(setup: Setup) -> Mode:
     return Mode(objective, batches, held_out, metric_names=("kl",))
 
 
-MODES: dict[ObjectiveKind, Callable[[Setup], Mode]] = {ObjectiveKind.pretrain: pretrain}
+def with_replay(setup: Setup, mode: Mode, counted: Callable[[int], float]) -> Mode:
+    """`mode` with data.replay's text beside its batches. counted(step): what it divides by."""
+    recipe = setup.recipe
+    weight = recipe.data.replay
+    if not weight:
+        return mode
+    num_rows = max(1, round(weight * setup.rows_per_step))
+    text = setup.text(setup.corpus.train, num_rows=num_rows, prefetch=recipe.data.prefetch)
+    tokens = num_rows * recipe.train.seq_len
+
+    def summary(sums: Mapping[str, float], tokens: int) -> Mapping[str, float]:
+        own = {name: total for name, total in sums.items() if name not in REPLAY_METRICS}
+        nll, seen = (sums[name] for name in REPLAY_METRICS)
+        return {**mode.summary(own, tokens), "replay_loss": nll / max(seen, 1.0)}
+
+    return replace(
+        mode,
+        objective=replaying(mode.objective),
+        batches=Replaying(mode.batches, text, weight, tokens, counted),
+        metric_names=(*mode.metric_names, *REPLAY_METRICS),
+        summary=summary,
+    )
+
+
+def sft(setup: Setup) -> Mode:
+    """Answers in conversations; text beside them if data.replay asks for it."""
+    recipe, mesh = setup.recipe, setup.mesh
+    opened = Sft(recipe, mesh, setup.corpus.tokenizer, setup.model)
+    rows = Rows(
+        opened.train,
+        mesh,
+        num_rows=setup.rows_per_step,
+        micro=recipe.train.micro_batch_size,
+        prefetch=recipe.data.prefetch,
+    )
+    setup.stack.callback(rows.loader.close)
+    text = setup.held_out_text()
+    both = BeforeAfter(
+        recipe.run_dir / "before.json",
+        lambda: text() | opened.evaluate(),
+        {
+            "exact_answers": "exact answers, share",
+            "task_loss": "loss of answers",
+            "eval_bits_per_byte": "bits per byte of pretraining text",
+        },
+    )
+    both.begin(step=setup.step, is_main=mesh.is_main)
+    mode = Mode(
+        OBJECTIVES[ObjectiveKind.sft],
+        rows,
+        both.evaluate,
+        best_key="task_loss",
+        best_name="held-out loss of answers",
+        finish=both.table,
+    )
+    return with_replay(setup, mode, rows.learned)
+
+
+MODES: dict[ObjectiveKind, Callable[[Setup], Mode]] = {
+    ObjectiveKind.pretrain: pretrain,
+    ObjectiveKind.sft: sft,
+}

@@ -31,6 +31,7 @@ from ptm.common.errors import RecipeError, line
 from ptm.common.parse import Given, Layer, Names, schema_of
 from ptm.common.values import show
 from ptm.data.config import DataConfig
+from ptm.data.sft_config import SftConfig
 from ptm.engine.config import EngineConfig, EngineKind
 from ptm.eval.config import EvalConfig
 from ptm.model.config import ModelConfig, Scale
@@ -72,12 +73,13 @@ class Recipe:
     """auto: go on from the newest good checkpoint, if any; must: refuse without one; never: refuse
     a folder in use."""
     mode: ObjectiveKind = ObjectiveKind.pretrain
-    "What is trained: pretrain, the text of data.source."
+    "What is trained on: pretrain, the text of data.source; sft, answers in conversations."
     dry_run: bool = False
     "Print the recipe, the plan and the memory table, then stop."
     run: RunConfig = RunConfig()
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
+    sft: SftConfig = SftConfig()
     train: TrainConfig = TrainConfig()
     qat: QatConfig = QatConfig()
     optim: OptimConfig = OptimConfig()

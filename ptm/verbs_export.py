@@ -10,8 +10,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ptm.checkpoint.hf import Opened
+from ptm.checkpoint import hf_config
 from ptm.checkpoint.open_model import open_model
+from ptm.checkpoint.untrusted import read_json
 from ptm.common import env
 from ptm.common.errors import CheckpointError, PtmError, RecipeError, StorageError, line
 from ptm.common.units import format_bytes
@@ -20,7 +21,11 @@ from ptm.data.corpus import open_corpus
 from ptm.data.loader import Rows
 from ptm.export import card, quantize, verify
 from ptm.export.config import ExportConfig, ExportFormat, Fp6, Method, VerifyConfig
+from ptm.export.m32 import M32
+from ptm.export.ordinary import OrdinaryWalk
+from ptm.export.ordinary_config import is_ordinary
 from ptm.export.plot import errors_svg
+from ptm.export.walk import Walk
 from ptm.recipe import load_recipe
 from ptm.trainer.config import Precision
 from ptm.verbs import held_out_text, open_folder, tokenizer_of, write_json
@@ -33,14 +38,13 @@ def export(job: ExportConfig | VerifyConfig) -> None:
     if isinstance(job, VerifyConfig):
         check(job)
         return
-    opened, folder = open_folder(job.run, job.step)
+    walk, folder = open_walk(job)
     job = settled(job, folder)
     rows_of = None
-    num_linears = len(quantize.linears_of(opened.model, job.layers))
-    total = num_linears
+    total = len(walk.linears(job.layers))
     if job.method is Method.gptq:
-        rows_of = _calibration_rows(job, folder, opened)
-        total += opened.model.num_hidden_layers
+        rows_of = _calibration_rows(job, folder, walk)
+        total += walk.num_layers if walk.num_experts else 0
     console = Console(highlight=False)
     columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(TextColumn("{task.description}"), *columns, console=console) as progress:
@@ -49,7 +53,7 @@ def export(job: ExportConfig | VerifyConfig) -> None:
         def advance(name: str) -> None:
             progress.update(task, advance=1, description=name.removeprefix("model."))
 
-        out, records = quantize.export(job, opened, rows_of, advance)
+        out, records = quantize.export(job, walk, rows_of, advance)
     print_export(console, out, records)
 
 
@@ -105,7 +109,16 @@ def print_export(console: Console, out: Path, records: list[quantize.Record]) ->
     console.print(f"{out}: {format_bytes(size)}", soft_wrap=True, markup=False)
 
 
-def _calibration_rows(job: ExportConfig, folder: Path, opened: Opened) -> quantize.RowsOf:
+def open_walk(job: ExportConfig) -> tuple[Walk, Path]:
+    """The model to quantize, and the folder it was looked for in."""
+    folder = Path(job.run)
+    if (folder / hf_config.FILE).exists() and is_ordinary(read_json(folder, hf_config.FILE)):
+        return OrdinaryWalk(folder, job.format), folder
+    opened, folder = open_folder(job.run, job.step)
+    return M32(opened), folder
+
+
+def _calibration_rows(job: ExportConfig, folder: Path, walk: Walk) -> quantize.RowsOf:
     recipe_file = recipe_of(folder)
     if recipe_file is None and job.source is None:
         rule = "has no recipe.yaml that says what it was trained on"
@@ -116,11 +129,10 @@ def _calibration_rows(job: ExportConfig, folder: Path, opened: Opened) -> quanti
         data, seq_len = recipe.data, seq_len or recipe.train.seq_len
     if job.source is not None:
         words = {"source": (job.source,), "weights": (), "eval_fraction": 0.0}
-        data = dataclasses.replace(data, **words, tokenizer=str(tokenizer_of(opened, folder)))
-    model = opened.model
-    seq_len = seq_len or min(2048, model.max_position_embeddings)
-    corpus = open_corpus(data, vocab_size=model.vocab_size, seed=job.seed, show_progress=True)
-    rows = Rows(corpus.train, seq_len=seq_len, isolate_documents=model.isolate_documents)
+        data = dataclasses.replace(data, **words, tokenizer=str(walk.tokenizer))
+    seq_len = seq_len or min(2048, walk.max_positions)
+    corpus = open_corpus(data, vocab_size=walk.vocab_size, seed=job.seed, show_progress=True)
+    rows = Rows(corpus.train, seq_len=seq_len, isolate_documents=walk.isolate_documents)
 
     def rows_of(count: int) -> tuple[torch.Tensor, torch.Tensor]:
         batch = rows.batch(0, min(count, rows.num_rows))

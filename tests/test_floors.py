@@ -34,6 +34,7 @@ ROOMS = {
         "build",
         "modes",
         "parts",
+        "tuning",
         "verbs",
         "verbs_export",
         "bench",

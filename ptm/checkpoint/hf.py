@@ -81,7 +81,7 @@ def open_hf(folder: Path) -> Opened:
     quantization = keys.pop(quant_config.KEY, None)
     parsed = hf_config.parse(keys)
     model, notes = parsed.model, list(parsed.notes)
-    source: TensorSource = _open_weights(folder)
+    source: TensorSource = open_weights(folder)
     quantized = None
     if quantization is not None:
         source = quantized = QuantSource(source, quant_config.parse(quantization))
@@ -153,7 +153,8 @@ def left_behind(folder: Path) -> list[str]:
     )
 
 
-def _open_weights(folder: Path) -> FolderSource:
+def open_weights(folder: Path) -> FolderSource:
+    """The safetensors files of a published folder. Raises CheckpointError."""
     if (folder / WEIGHTS).exists():
         if (folder / INDEX).exists():
             raise CheckpointError(

@@ -52,6 +52,9 @@ class DataConfig:
     `max_bad_fraction`; `fail` stops at the first one."""
     max_bad_fraction: float = ranged(0.01, least=0.0, most=1.0)
     """Largest share of bad rows in a source that `bad_rows=skip` accepts."""
+    replay: float = ranged(0.0, least=0.0, most=100.0)
+    """In modes other than pretrain: weight of the loss of pretraining text, `source`, beside the
+    mode's own, and how many rows of it a step has for each of its own rows. 0 is none."""
     workers: int = ranged(0, least=0, most=256)
     """Processes that tokenize; 0 is one per CPU core this process may use."""
     prefetch: int = ranged(1, least=0, most=16)

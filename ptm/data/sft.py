@@ -26,8 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ptm.common.config import config, ranged
-from ptm.common.errors import DataError, RecipeError, line
+from ptm.common.errors import DataError, line
 from ptm.data.chat import TEMPLATES, ChatTemplate
 from ptm.data.config import DataConfig
 from ptm.data.conversations import Conversation, read_conversations
@@ -36,40 +35,15 @@ from ptm.data.mixture import permutation
 from ptm.data.pack import Batch
 from ptm.data.prepare import refuse_bad
 from ptm.data.progress import ThingsDone
+from ptm.data.sft_config import TASK_SOURCE, SftConfig
 from ptm.data.shard import Totals, text_hash
-from ptm.data.tasks import TASKS, examples
+from ptm.data.tasks import examples
 from ptm.data.tokenizer import Tokenizer
 from ptm.data.vocabulary import is_held_out
 
-TASK_SOURCE = "tasks"
 OPEN_ROWS = 64
 """Rows that packing looks at for room."""
 FILLER = -1
-
-
-@config
-class SftConfig:
-    source: tuple[str, ...] = (TASK_SOURCE,)
-    """Where conversations are: folders, globs or files of .jsonl or .parquet; `tasks` are questions
-    with exact answers, made from a seed and the standard library."""
-    tasks: tuple[str, ...] = tuple(TASKS)
-    "Which of the built-in tasks `tasks` stands for."
-    task_rows: int = ranged(4000, least=1, most=1_000_000)
-    "How many questions of the built-in tasks are trained on."
-    template: str | None = None
-    """Chat template: m32 (question<sep>answer<eod>), chatml, or a .jinja file; null is the
-    tokenizer's own, or m32 where it has none and the tokenizer has <sep>."""
-    answers: int = ranged(64, least=0, most=100_000)
-    "Held-out questions that are answered, to count exact answers, at each evaluation."
-    answer_tokens: int = ranged(24, least=1, most=4096)
-    "Longest answer, in tokens; questions whose right answer is longer are not asked."
-
-    def check(self) -> None:
-        if isinstance(self.source, str):  # one source needs no brackets
-            object.__setattr__(self, "source", (self.source,))
-        if not self.source or not all(self.source):
-            remedy = "give .jsonl files, or tasks"
-            raise RecipeError(line("sft.source", self.source, "must name at least one", remedy))
 
 
 class Encoded(NamedTuple):

@@ -28,7 +28,7 @@ MOST_SHARE_ROWS = 1024
 
 
 class Text(NamedTuple):
-    """Rows of tokens as batches (B, L), with the context of each."""
+    """Rows of tokens as batches (B, L), with the context of each; ordinary models have none."""
 
     ids: list[Tensor]
     contexts: list[Context]
@@ -94,9 +94,9 @@ def _counts(block: Block, normed_BLD: Tensor, num_experts: int) -> Tensor:
     return torch.nn.functional.one_hot(by_row, num_experts).sum(1)
 
 
-def share_of(config: ModelConfig, num_tokens: int) -> int:
-    """Tokens that an expert should see, of so many in all."""
-    even = num_tokens * config.num_experts_per_tok / config.num_experts
+def share_of(num_tokens: int, num_experts: int, experts_per_token: int) -> int:
+    """Tokens that an expert should see, of so many in all; 0 where there are no experts."""
+    even = num_tokens * experts_per_token / max(num_experts, 1)
     return min(int(SHARE * even), MOST_SHARE_ROWS)
 
 

@@ -7,7 +7,6 @@ from typing import Protocol
 
 from ptm.common.units import format_bytes
 from ptm.export.config import ExportConfig, Method
-from ptm.model.config import ModelConfig, num_parameters
 
 
 class Found(Protocol):
@@ -31,7 +30,7 @@ def kind_of(name: str) -> str:
     """What a linear is in its layer: q_proj, experts.w1, gate.query."""
     inner = name.partition("model.layers.")[2].partition(".")[2]
     parts = [p for p in inner.split(".") if not p.isdigit()]
-    return ".".join(parts[1:]) if parts[0] in ("mlp", "self_attn") else inner
+    return ".".join(parts[1:])
 
 
 def table(records: Sequence[Found]) -> list[tuple[str, int, str, str]]:
@@ -53,11 +52,17 @@ def table(records: Sequence[Found]) -> list[tuple[str, int, str, str]]:
 
 def starved(records: Sequence[Found]) -> list[Found]:
     """Experts that were fitted with tokens of others, once each."""
-    return [r for r in records if r.own is not None and r.own < r.rows and r.name.endswith(".w1")]
+    few = [r for r in records if r.own is not None and r.own < r.rows]
+    return list({expert_of(r.name): r for r in reversed(few)}.values())[::-1]
+
+
+def expert_of(name: str) -> str:
+    """The expert that a linear belongs to."""
+    return name.rpartition(".")[0]
 
 
 def model_card(
-    config: ExportConfig, model: ModelConfig, records: Sequence[Found], size_bytes: int
+    config: ExportConfig, num_parameters: int, records: Sequence[Found], size_bytes: int
 ) -> str:
     how = "GPTQ" if config.method is Method.gptq else "rounding to nearest"
     lines = [
@@ -66,9 +71,9 @@ def model_card(
         f"tags: [{config.format}, {config.width}-bit, moe]",
         "---",
         "",
-        f"{num_parameters(model):,} parameters in {format_bytes(size_bytes)}: {config.width} bits, "
+        f"{num_parameters:,} parameters in {format_bytes(size_bytes)}: {config.width} bits, "
         f"groups of {config.group or 'a row'}, by {how}; "
-        "norms, filters, embedding and head in bf16.",
+        "everything else in 16 bits.",
         "",
         "Relative error of outputs on calibration text, mean over linears of a kind, beside that "
         "of rounding to nearest:",
@@ -87,7 +92,7 @@ def model_card(
             f"Experts with few tokens of their own, fitted with others' ({len(few)}):",
             "",
         ]
-        lines += [f"- {r.name.removesuffix('.w1')}: {r.own} of {r.rows}" for r in few]
+        lines += [f"- {expert_of(r.name)}: {r.own} of {r.rows}" for r in few]
     raised = [r for r in records if r.damping is not None]
     if raised:
         lines += ["", f"Damping was raised for {len(raised)}:", ""]

@@ -123,7 +123,7 @@ def _experts(
     for e in range(routing.counts_E.numel()):
         token, place = (routing.ids_TA == e).nonzero(as_tuple=True)
         own = len(token)
-        shown = torch.cat([token, _stand_ins(token, len(x_TD), least_rows - own)])
+        shown = torch.cat([token, stand_ins(token, len(x_TD), least_rows - own)])
         rows = x_TD[shown]
         wanted = None if twin_TD is None else twin_TD[shown]
         yield Stage({f"mlp.experts.{e}.w1": experts.w1.data[e]}, [rows], _or_none(wanted), own)
@@ -143,7 +143,7 @@ def _filtered(
     return normed, [block.self_attn.filter(n, c) for n, c in zip(normed, contexts)]
 
 
-def _stand_ins(own: Tensor, num_tokens: int, missing: int) -> Tensor:
+def stand_ins(own: Tensor, num_tokens: int, missing: int) -> Tensor:
     """Tokens that others chose, evenly spaced, `missing` of them or as many as there are."""
     if missing <= 0:
         return own[:0]

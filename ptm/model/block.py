@@ -34,5 +34,5 @@ class Block(nn.Module):
         """
         seen_BLD = self.self_attn(self.input_layernorm(x_BLD), context, cache)
         normed_BLD, x_BLD = self.post_attention_layernorm(seen_BLD, x_BLD)
-        mixed = self.mlp(normed_BLD, context.real_BL, router_bias_E)
+        mixed = self.mlp(normed_BLD, context.real_BL, router_bias_E, context.routes_TA)
         return mixed._replace(y_BLD=x_BLD + mixed.y_BLD)

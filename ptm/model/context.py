@@ -33,6 +33,16 @@ class Context(NamedTuple):
     "Bool: whether a row continues the one before; None: all but the first. L + 2 with a cache."
     real_BL: Tensor | None
     "Bool: False at padding and filler, which is not counted; None: all are real."
+    routes_BLNA: Tensor | None = None
+    "Ids of the A experts of each token in each of N layers, where they are given."
+    routes_TA: Tensor | None = None
+    "Those of one layer."
+
+    def of_layer(self, index: int) -> Context:
+        """What the block of that layer reads."""
+        if self.routes_BLNA is None:
+            return self
+        return self._replace(routes_TA=self.routes_BLNA[:, :, index].flatten(0, 1))
 
 
 def make_context(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ptm.model.config import ModelConfig
 from ptm.model.dispatch import Dispatcher, LocalDispatcher
 from ptm.model.experts import Experts
-from ptm.model.router import ROUTERS, Routing, balance_loss
+from ptm.model.router import ROUTERS, Routing, balance_loss, rerouted
 
 
 class Mixed(NamedTuple):
@@ -33,11 +33,18 @@ class MixtureOfExperts(nn.Module):
         self.has_balance_loss = config.router_aux_loss_coef > 0
 
     def forward(
-        self, x_BLD: Tensor, real_BL: Tensor | None = None, bias_E: Tensor | None = None
+        self,
+        x_BLD: Tensor,
+        real_BL: Tensor | None = None,
+        bias_E: Tensor | None = None,
+        routes_TA: Tensor | None = None,
     ) -> Mixed:
-        """real (B, L) bool: what is counted; bias (E,): added to what the router ranks."""
+        """real (B, L) bool: what is counted; bias (E,): added to what the router ranks; routes:
+        ids of the experts to use instead of its choice."""
         x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])
         routing: Routing = self.gate(x_TD) if bias_E is None else self.gate(x_TD, bias_E)
+        if routes_TA is not None:
+            routing = rerouted(routing, routes_TA)
         y_TD = self.dispatcher.run(x_TD, routing, self.experts)
         counts_E = _real_counts(routing, real_BL)
         imbalance = None

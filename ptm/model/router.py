@@ -142,6 +142,20 @@ def moved_bias(bias_LE: Tensor, counts_LE: Tensor, rate: float, num_shared: int 
     return bias_LE + rate * moves_LE
 
 
+def rerouted(routing: Routing, ids_TA: Tensor) -> Routing:
+    """The same scores with the experts `ids_TA`, weighed as the router would weigh them: a
+    generation's choice, replayed in the update that learns from it. Gradients flow through the
+    weights."""
+    num_experts, routed = len(routing.counts_E), routing.scores_TE.shape[1]
+    if routed == num_experts:
+        weights_TA = routing.scores_TE.gather(1, ids_TA).softmax(-1)
+    else:  # the shared experts are the last, at weight one
+        num_shared = num_experts - routed
+        weights_TA = routing.scores_TE.softmax(-1).gather(1, ids_TA[:, :-num_shared])
+        weights_TA = F.pad(weights_TA, (0, num_shared), value=1.0)
+    return Routing(ids_TA, weights_TA, _counts(ids_TA, num_experts), routing.scores_TE)
+
+
 def _ranked(scores_TE: Tensor, bias_E: Tensor | None) -> Tensor:
     scores_TE = scores_TE.detach()
     return scores_TE if bias_E is None else scores_TE + bias_E

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ptm.kernels.log_probs import linear_log_probs
 from ptm.kernels.loss import IGNORED, linear_cross_entropy
 from ptm.model import generate
 from ptm.model.block import Block
@@ -141,7 +142,8 @@ class Transformer(nn.Module):
         for i, block in enumerate(self.model.layers):
             layer_cache = None if cache is None else cache.layers[i]
             bias_E = None if self.router_bias is None else self.router_bias[i]
-            x_BLD, counts_E, imbalance = block(x_BLD, context, layer_cache, bias_E)
+            here = context.of_layer(i)
+            x_BLD, counts_E, imbalance = block(x_BLD, here, layer_cache, bias_E)
             if self.training:
                 self.expert_counts[i] += counts_E
             if imbalance is not None:
@@ -179,6 +181,25 @@ class Transformer(nn.Module):
             return Loss(nll_sum, tokens)
         return Loss(nll_sum, tokens, tokens * imbalance * self.config.router_aux_loss_coef)
 
+    def log_probs(
+        self, batch: Any, *, temperature: float = 1.0, routes_BLNA: Tensor | None = None
+    ) -> Tensor:
+        """Log-probability of each label of a Batch at a temperature, (B, L) fp32; 0 where it is
+        masked. routes: the experts of each token by layer, instead of the routers' choice."""
+        context = make_context(
+            self.config,
+            batch.input_ids,
+            position_ids_BL=batch.position_ids,
+            document_ids_BL=batch.document_ids,
+        )
+        x_BLD = self.run(batch.input_ids, context._replace(routes_BLNA=routes_BLNA))
+        places = batch.loss_mask.nonzero(as_tuple=True)
+        found_T = linear_log_probs(
+            x_BLD[places], self.head_weight, batch.labels[places], temperature
+        )
+        out_BL = found_T.new_zeros(batch.labels.shape)
+        return out_BL.index_put(places, found_T)
+
     def take_expert_counts(self) -> Tensor:
         """Rows of real tokens routed since the last call, (layers, E) int64; starts again from
         zero."""
@@ -209,10 +230,16 @@ class Transformer(nn.Module):
         **more: Any,
     ) -> Tensor:
         """Prompt and continuation, (B, L + new); more keywords as for ptm/model/generate.py's
-        `stream`."""
-        new = list(generate.stream(self, input_ids, max_new_tokens, temperature, top_p, **more))
-        return torch.cat([input_ids, *(token.unsqueeze(1) for token in new)], dim=1)
+        `steps`."""
+        new = list(generate.steps(self, input_ids, max_new_tokens, temperature, top_p, **more))
+        return torch.cat([input_ids, *(picked.ids_B.unsqueeze(1) for picked in new)], dim=1)
 
     def stream(self, input_ids: Tensor, max_new_tokens: int, **kwargs: Any) -> Iterator[Tensor]:
         """One (B,) tensor of new ids at a time."""
-        return generate.stream(self, input_ids, max_new_tokens, **kwargs)
+        return (picked.ids_B for picked in self.steps(input_ids, max_new_tokens, **kwargs))
+
+    def steps(
+        self, input_ids: Tensor, max_new_tokens: int, **kwargs: Any
+    ) -> Iterator[generate.Picked]:
+        """`stream` with the log-probability of each id."""
+        return generate.steps(self, input_ids, max_new_tokens, **kwargs)

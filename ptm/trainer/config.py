@@ -9,6 +9,7 @@ class ObjectiveKind(Choice):
     """Training modes: each a source of batches and an objective (ptm/modes.py)."""
 
     pretrain = "pretrain"
+    sft = "sft"
 
 
 class Schedule(Choice):

@@ -45,8 +45,8 @@ def pretrain(model: nn.Module, batch: Any) -> Loss:
     return model.loss(batch)  # type: ignore[operator]
 
 
-class Distilled(NamedTuple):
-    """The Loss of `distilled`: sums over tokens; kl_sum is reported beside nll_sum."""
+class Sums(NamedTuple):
+    """A Loss whose total is not the sum of its parts."""
 
     nll_sum: Tensor
     tokens: Tensor
@@ -70,9 +70,42 @@ def distilled(teacher: nn.Module, part: float) -> Objective:
         nll_sum = F.nll_loss(found, batch.labels[kept], reduction="sum")
         kl_sum = F.kl_div(found, wanted, reduction="sum", log_target=True)
         total = (1 - part) * nll_sum + part * kl_sum
-        return Distilled(nll_sum, kept.sum(), None, total, {"kl": kl_sum.detach()})
+        return Sums(nll_sum, kept.sum(), None, total, {"kl": kl_sum.detach()})
 
     return objective
 
 
-OBJECTIVES: dict[ObjectiveKind, Objective] = {ObjectiveKind.pretrain: pretrain}
+class ReplayBatch(NamedTuple):
+    """Rows of pretraining text beside a mode's own; `weight` multiplies their sum."""
+
+    text: Any
+    weight: float
+
+
+REPLAY_METRICS = ("replay_nll", "replay_tokens")
+
+
+def replaying(objective: Objective) -> Objective:
+    """`objective`, and for batches of text a weighted likelihood that counts no tokens: the step is
+    still divided by what the mode counts."""
+
+    def loss(model: nn.Module, batch: Any) -> Loss:
+        if not isinstance(batch, ReplayBatch):
+            return objective(model, batch)
+        text = pretrain(model, batch.text)
+        sums = (text.nll_sum.detach(), text.tokens)
+        return Sums(
+            torch.zeros_like(sums[0]),
+            torch.zeros_like(text.tokens),
+            None,
+            text.total * batch.weight,
+            dict(zip(REPLAY_METRICS, sums)),
+        )
+
+    return loss
+
+
+OBJECTIVES: dict[ObjectiveKind, Objective] = {
+    ObjectiveKind.pretrain: pretrain,
+    ObjectiveKind.sft: pretrain,  # batches mask all but the answers
+}

@@ -11,8 +11,9 @@ from ptm.data.chat import ChatTemplate
 from ptm.data.config import DataConfig
 from ptm.data.conversations import BadRow, messages_of
 from ptm.data.loader import Loader
-from ptm.data.sft import PackedRows, SftConfig, chat_template, open_conversations
-from ptm.data.tasks import EXACT, examples
+from ptm.data.sft import PackedRows, chat_template, open_conversations
+from ptm.data.sft_config import TASK_NAMES, SftConfig
+from ptm.data.tasks import EXACT, TASKS, examples
 from ptm.data.tokenizer import Tokenizer
 
 PAIR = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
@@ -56,9 +57,7 @@ def conversations(path: Path, rows: list, tokenizer: Tokenizer, *, most=64, temp
 
 
 def rows_of(*answers: str) -> list:
-    return [
-        {"messages": [PAIR[0], {"role": "assistant", "content": answer}]} for answer in answers
-    ]
+    return [{"messages": [PAIR[0], {"role": "assistant", "content": answer}]} for answer in answers]
 
 
 def test_bad_rows_name_file_and_line(tmp_path: Path, tokenizer: Tokenizer):
@@ -147,3 +146,7 @@ def test_task_questions_are_split_and_repeat():
             assert int(words[2]) + int(words[4]) == int(one.answer)
     with pytest.raises(DataError, match="has only"):
         examples(("add",), 10_000, seed=0, held_out=False)
+
+
+def test_the_section_names_every_task():
+    assert tuple(TASKS) == TASK_NAMES

@@ -19,7 +19,8 @@ from ptm.export.calibrate import choose_rows
 from ptm.export.card import starved
 from ptm.export.config import ConvertConfig, ExportConfig, ExportFormat, Fp6, Layers, Method, Target
 from ptm.export.convert import convert
-from ptm.export.quantize import Record, export, linears_of
+from ptm.export.m32 import M32, linears_of
+from ptm.export.quantize import Record, export
 from ptm.model.config import ModelConfig
 from ptm.model.transformer import Transformer
 from ptm.quant.grid import round_to_nearest
@@ -72,7 +73,7 @@ def run(
 ) -> tuple[Path, list[Record]]:
     values: dict[str, object] = {"group": 32, "rows": 8, **keys}
     config = ExportConfig(run=str(opened.folder), out=str(out), **values)  # type: ignore[arg-type]
-    return export(config, opened, None if config.method is Method.nearest else rows, advance)
+    return export(config, M32(opened), None if config.method is Method.nearest else rows, advance)
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

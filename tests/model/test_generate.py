@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from ptm.model.generate import pick
+from ptm.model.generate import pick, recorded_routes
 from tests.support.compare import distance
-from tests.support.tiny import documents, packed, tiny_model
+from tests.support.tiny import Batch, documents, packed, tiny_model
 
 
 def prompt(B: int = 3, L: int = 17):
@@ -59,7 +59,7 @@ def test_left_padding_does_not_change_the_continuation():
 
 def test_a_row_that_has_ended_stays_so_and_the_last_one_stops_all():
     model, ids = tiny_model(), prompt()
-    options = {"temperature": 1.0, "seed": 4}
+    options = {"temperature": 1.0, "seed": 6}
     free = model.generate(ids, 12, **options)[:, 17:]
     eos = int(free[0, 2])
     assert not (free[:, :2] == eos).any() and not (free[1:] == eos).all(dim=0).any()
@@ -92,6 +92,7 @@ def test_streams_what_it_generates_and_keeps_the_mode():
 
 def test_top_p_keeps_the_smallest_set_that_holds_the_mass():
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().repeat(4000, 1)
+    draws = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
     for top_p, kept in (
         (1e-6, {0}),
         (0.5, {0}),
@@ -99,8 +100,78 @@ def test_top_p_keeps_the_smallest_set_that_holds_the_mass():
         (0.9, {0, 1, 2}),
         (1.0, {0, 1, 2, 3}),
     ):
-        generator = torch.Generator().manual_seed(0)
-        drawn = pick(logits, temperature=1.0, top_p=top_p, generator=generator)
+        drawn = pick(logits, temperature=1.0, top_p=top_p, draws_B=draws)
         assert set(drawn.tolist()) == kept
-    share = (pick(logits, temperature=0.5, top_p=1.0, generator=generator) == 0).float().mean()
-    assert abs(share - 0.25 / (0.25 + 0.09 + 0.0225 + 0.0025)) < 0.03
+    share = (pick(logits, temperature=0.5, top_p=1.0, draws_B=draws) == 0).float().mean()
+    assert abs(share - 0.25 / (0.25 + 0.09 + 0.0225 + 0.0025)) < 1e-3
+
+
+def _ragged(side: str):
+    """Three prompts of 5, 9 and 2 tokens, padded to 9 on one side, and the bare ones."""
+    rows = [prompt(B=1, L=n)[0] for n in (5, 9, 2)]
+    ids, mask = torch.zeros(3, 9, dtype=torch.long), torch.zeros(3, 9, dtype=torch.long)
+    for i, row in enumerate(rows):
+        place = slice(0, len(row)) if side == "right" else slice(9 - len(row), 9)
+        ids[i, place], mask[i, place] = row, 1
+    return rows, ids, mask
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_batch_gives_what_its_rows_give_one_by_one(side):
+    model = tiny_model()
+    rows, ids, mask = _ragged(side)
+    seeds = [11, 7, 23]
+    options = {"temperature": 1.0, "top_p": 0.95}
+    both = list(model.steps(ids, 10, attention_mask=mask, seed=seeds, **options))
+    for i, row in enumerate(rows):
+        one = list(model.steps(row[None], 10, seed=seeds[i : i + 1], **options))
+        assert [int(p.ids_B[i]) for p in both] == [int(p.ids_B[0]) for p in one]
+        found = torch.stack([p.log_probs_B[i] for p in both])
+        assert distance(found, torch.stack([p.log_probs_B[0] for p in one])) <= 1e-5
+
+
+def test_ranks_go_on_until_all_have_ended():
+    model, ids = tiny_model(), prompt()
+    first = int(model.generate(ids[:1], 1)[0, -1])
+    asked = []
+
+    def other_ends_after(count):
+        return lambda is_going_on: asked.append(is_going_on) or len(asked) < count
+
+    tokens = list(model.stream(ids[:1], 9, eos_id=first, agree=other_ends_after(4)))
+    assert [int(t) for t in tokens] == [first] * 4 and asked == [False] * 4
+
+
+@pytest.mark.parametrize("router", ["attention", "linear", "shared_expert"])
+def test_log_probs_of_the_update_are_those_of_the_rollout_under_its_routes(router):
+    changes = {"router": router}
+    model = tiny_model(**changes)
+    rows, ids, mask = _ragged("left")
+    with recorded_routes(model) as routes:
+        picked = list(model.steps(ids, 6, temperature=0.7, attention_mask=mask, seed=3))
+    new = torch.stack([p.ids_B for p in picked], dim=1)
+    routes_BLNA = torch.stack(
+        [torch.cat([part.view(3, -1, part.shape[1]) for part in layer], dim=1) for layer in routes],
+        dim=2,
+    )
+    whole = torch.cat([ids, new], dim=1)
+    docs = torch.cat([mask - 1, torch.zeros_like(new)], dim=1)
+    counted = torch.zeros_like(whole[:, 1:], dtype=torch.bool)
+    counted[:, 8:] = True
+    positions = (docs[:, :-1] == 0).long().cumsum(1).sub(1).clamp(min=0)
+    batch = Batch(whole[:, :-1], whole[:, 1:], counted, positions, docs[:, :-1])
+    found = model.log_probs(batch, temperature=0.7, routes_BLNA=routes_BLNA)
+    assert distance(found[:, 8:], torch.stack([p.log_probs_B for p in picked], dim=1)) <= 1e-5
+    assert (found[:, :8] == 0).all()
+    assert distance(found, model.log_probs(batch, temperature=0.7)) <= 1e-5  # no choice differs
+    other = (routes_BLNA + 1) % (31 if router == "shared_expert" else 32)
+    if router == "shared_expert":
+        other[..., -1] = routes_BLNA[..., -1]
+    moved = model.log_probs(batch, temperature=0.7, routes_BLNA=other)
+    assert distance(moved[:, 8:], found[:, 8:]) > 1e-2  # routes that are given are used
+    moved.sum().backward()
+    gate = model.model.layers[0].mlp.gate
+    grads = [p.grad for p in gate.parameters()]
+    assert (
+        all(g is not None and torch.isfinite(g).all() for g in grads) and grads[0].abs().sum() > 0
+    )

@@ -1,0 +1,207 @@
+"""One layer of an ordinary model in plain torch, as the stages in which it is quantized.
+
+    x -- norm -- n -- {q, k, v}  attention -- {o} -- + x
+      -- norm -- m -- {gate, up} -- {down} -- + x
+                 m of an expert's tokens -- {gate, up of it} -- {down of it} -- weighted, + x
+
+As ptm/export/stages.py does for M32: `stages` yields what linears read, whoever asked writes the
+quantized weights over the layer's, and what comes after reads what they give; each part is computed
+once. Rows are whole, so attention sees everything before a token. Compared with transformers in
+tests/export/test_ordinary_layer.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ptm.checkpoint.source import TensorSource
+from ptm.export.ordinary_config import Ordinary
+from ptm.export.stages import Done, Stage, stand_ins
+from ptm.model.router import Routing
+
+
+class Layer:
+    """The weights of one layer in one dtype, and what they compute."""
+
+    def __init__(self, model: Ordinary, source: TensorSource, index: int, dtype: torch.dtype):
+        self.model, self.index = model, index
+        prefix = f"model.layers.{index}."
+        names = model.layer_shapes(index)
+        self.weights = {name: source.read(prefix + name).to(dtype) for name in names}
+
+    def norm(self, name: str, x: Tensor) -> Tensor:
+        wide = x.float()
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.model.norm_eps)
+        return self.weights[f"{name}.weight"] * (wide * scale).to(x.dtype)
+
+    def normed(self, name: str, x: Tensor) -> Tensor:
+        return self.norm(f"{name}_layernorm", x)
+
+    def linear(self, name: str, x: Tensor) -> Tensor:
+        return F.linear(x, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"))
+
+    def attend(self, n_BLD: Tensor) -> Tensor:
+        """What o_proj reads, (B, L, H x K)."""
+        model, (B, L, _) = self.model, n_BLD.shape
+        q, k, v = (
+            self.linear(f"self_attn.{part}_proj", n_BLD).view(B, L, -1, model.head_dim)
+            for part in "qkv"
+        )
+        if "self_attn.q_norm.weight" in self.weights:
+            q, k = self.norm("self_attn.q_norm", q), self.norm("self_attn.k_norm", k)
+        cos, sin = _angles(model, L, n_BLD.dtype)
+        q, k, v = _rotate(q, cos, sin).transpose(1, 2), _rotate(k, cos, sin), v.transpose(1, 2)
+        heads = F.scaled_dot_product_attention(
+            q, k.transpose(1, 2), v, is_causal=True, enable_gqa=True
+        )
+        return heads.transpose(1, 2).reshape(B, L, -1)
+
+    def active(self, prefix: str, names: tuple[str, str, str], x: Tensor) -> Tensor:
+        """What the down projection reads."""
+        return F.silu(self.linear(prefix + names[0], x)) * self.linear(prefix + names[1], x)
+
+    def route(self, x_TD: Tensor) -> Routing:
+        model = self.model
+        scores = self.linear(f"{model.moe}.gate", x_TD).float().softmax(-1)
+        weights, ids = scores.topk(model.experts_per_token, dim=-1)
+        if model.is_renormalized:
+            weights = weights / weights.sum(-1, keepdim=True)
+        counts = torch.bincount(ids.flatten(), minlength=model.num_experts)
+        return Routing(ids, weights, counts, scores)
+
+    def mlp(self, x: Tensor) -> Tensor:
+        """Of normed rows (..., D), the whole of what is added to them."""
+        return _whole(_mlp_stages([self], [x.flatten(0, -2)], 0))[0][0].view_as(x)
+
+
+class Twin(NamedTuple):
+    """A layer that is not quantized, and its rows."""
+
+    layer: Layer
+    rows: list[Tensor]
+
+
+@torch.no_grad()
+def stages(
+    layer: Layer, rows: list[Tensor], *, twin: Twin | None = None, least_rows: int = 0
+) -> Generator[Stage, None, Done]:
+    """Shapes: rows are batches (B, L, D)."""
+    sides = [layer] if twin is None else [layer, twin.layer]
+    both = [rows] if twin is None else [rows, twin.rows]
+
+    normed = [[s.normed("input", x) for x in xs] for s, xs in zip(sides, both)]
+    yield _stage(layer, [f"self_attn.{part}_proj" for part in "qkv"], normed)
+    heads = [[s.attend(n) for n in ns] for s, ns in zip(sides, normed)]
+    del normed
+    yield _stage(layer, ["self_attn.o_proj"], heads)
+    both = [
+        [x + s.linear("self_attn.o_proj", h) for x, h in zip(xs, hs)]
+        for s, xs, hs in zip(sides, both, heads)
+    ]
+    del heads
+    flat = [
+        torch.cat([s.normed("post_attention", x).flatten(0, -2) for x in xs])
+        for s, xs in zip(sides, both)
+    ]
+    added, counts = yield from _mlp_stages(sides, flat, least_rows)
+    sizes = [x[..., 0].numel() for x in rows]
+    done = [[x + y.view_as(x) for x, y in zip(xs, ys.split(sizes))] for xs, ys in zip(both, added)]
+    return Done(done[0], done[1] if twin is not None else None, counts)
+
+
+def _mlp_stages(
+    sides: list[Layer], flat: list[Tensor], least_rows: int
+) -> Generator[Stage, None, tuple[list[Tensor], Tensor]]:
+    """What is added to the rows (T, D) of each side, and tokens of each expert, (E,)."""
+    layer, model = sides[0], sides[0].model
+    plain = ("gate_proj", "up_proj", "down_proj")
+    if not model.has_experts(layer.index):
+        added = yield from _swiglu(sides, "mlp.", plain, flat)
+        return added, torch.zeros(0, dtype=torch.int64)
+    added, counts = yield from _experts(sides, flat, least_rows)
+    if model.shared_size:
+        shared = yield from _swiglu(sides, "mlp.shared_expert.", plain, flat)
+        for side, x, y, more in zip(sides, flat, added, shared):
+            y += side.linear("mlp.shared_expert_gate", x).sigmoid() * more
+    return added, counts
+
+
+def _swiglu(
+    sides: list[Layer], prefix: str, names: tuple[str, str, str], flat: list[Tensor], own: int = -1
+) -> Generator[Stage, None, list[Tensor]]:
+    """One MLP: two stages, then what it gives."""
+    layer, own_rows = sides[0], None if own < 0 else own
+    yield _stage(layer, [prefix + name for name in names[:2]], [[x] for x in flat], own_rows)
+    active = [s.active(prefix, names, x) for s, x in zip(sides, flat)]
+    yield _stage(layer, [prefix + names[2]], [[x] for x in active], own_rows)
+    return [s.linear(prefix + names[2], x) for s, x in zip(sides, active)]
+
+
+def _experts(
+    sides: list[Layer], flat: list[Tensor], least_rows: int
+) -> Generator[Stage, None, tuple[list[Tensor], Tensor]]:
+    """The experts one after another. The twin's see the tokens that this side's router chose for
+    them, so that pairs of rows belong together; what they give goes by its own router."""
+    layer, model = sides[0], sides[0].model
+    x_TD = flat[0]
+    routing = layer.route(x_TD)
+    y_TD = torch.zeros_like(x_TD)
+    for e in range(model.num_experts):
+        token, place = (routing.ids_TA == e).nonzero(as_tuple=True)
+        own = len(token)
+        shown = torch.cat([token, stand_ins(token, len(x_TD), least_rows - own)])
+        prefix = f"{model.moe}.experts.{e}."
+        given = yield from _swiglu(sides, prefix, model.parts, [x[shown] for x in flat], own)
+        weight = routing.weights_TA[token, place].to(x_TD.dtype).unsqueeze(1)
+        y_TD.index_add_(0, token, given[0][:own] * weight)
+    twins = [_whole(_experts([s], [x], 0))[0][0] for s, x in zip(sides[1:], flat[1:])]
+    return [y_TD, *twins], routing.counts_E
+
+
+def _whole(walk: Generator[Stage, None, Any]) -> Any:
+    """What a walk comes to where nothing is changed on the way."""
+    try:
+        while True:
+            next(walk)
+    except StopIteration as stop:
+        return stop.value
+
+
+def _stage(
+    layer: Layer, names: list[str], sides: list[list[Tensor]], own_rows: int | None = None
+) -> Stage:
+    linears = {name: layer.weights[f"{name}.weight"] for name in names}
+    return Stage(linears, sides[0], sides[1] if len(sides) > 1 else None, own_rows)
+
+
+def _angles(model: Ordinary, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin, (L, 1, K)."""
+    rope, K = model.rope, model.head_dim
+    frequency = 1.0 / rope["rope_theta"] ** (torch.arange(0, K, 2).float() / K)
+    if rope["rope_type"] == "llama3":
+        frequency = _llama3(frequency, rope)
+    angle = torch.outer(torch.arange(length).float(), frequency)
+    angle = torch.cat([angle, angle], -1).unsqueeze(1)
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def _llama3(frequency: Tensor, rope: Mapping[str, float]) -> Tensor:
+    """Low frequencies divided by `factor`, high ones as they are, those between in part.
+
+    Source: Llama 3.1's rotary embedding.
+    """
+    turns = rope["original_max_position_embeddings"] * frequency / (2 * math.pi)
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    part = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequency * (part + (1 - part) / rope["factor"])
+
+
+def _rotate(x_BLHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    low, high = x_BLHK.chunk(2, -1)
+    return x_BLHK * cos + torch.cat([-high, low], -1) * sin

@@ -1,0 +1,89 @@
+"""Fine-tuning runs: killed and resumed, on other ranks, and from a base that is not there."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.support import runs
+
+pytestmark = pytest.mark.slow
+STEPS = 12
+
+
+def words(folder: Path, base: Path, text: Path, **changes) -> list[str]:
+    given = {
+        "mode": "sft",
+        "train.init_from": base,
+        "train.steps": STEPS,
+        "train.seq_len": 64,
+        "checkpoint.interval": 4,
+        "eval.interval": 6,
+        "data.replay": 0.5,
+        "sft.task_rows": 200,
+        "sft.tasks": "[add,larger,first]",
+        "sft.answers": 8,
+        "sft.answer_tokens": 8,
+    }
+    return runs.words(folder, text, **given | changes)
+
+
+def finish(done: subprocess.CompletedProcess[str]) -> str:
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def base(text: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base") / "run"
+    finish(runs.launch(0, runs.words(folder, text, train__steps=5), cache))
+    return folder
+
+
+def test_killed_is_as_undisturbed_and_two_ranks_are_as_one(
+    base: Path, text: Path, cache: Path, tmp_path: Path
+) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    shown = finish(runs.launch(2, words(whole, base, text), cache))
+    assert "exact answers, share" in shown and "bits per byte of pretraining text" in shown
+    log = runs.log(whole)
+    assert log[-1]["task_loss"] < json.loads((whole / "before.json").read_text())["task_loss"]
+    assert all(row["replay_loss"] > 0 for row in log)
+
+    command = runs.command(2, words(killed, base, text))
+    agent = subprocess.Popen(
+        command,
+        env=runs.environment(cache),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    metrics = killed / "metrics.jsonl"
+    while not metrics.exists() or metrics.read_bytes().count(b"\n") < 6:
+        assert agent.poll() is None
+        time.sleep(0.02)
+    os.killpg(agent.pid, signal.SIGKILL)
+    agent.wait()
+    time.sleep(1.0)
+    finish(runs.launch(2, words(killed, base, text), cache))
+    assert runs.log(killed) == log
+    assert runs.digests(killed, STEPS) == runs.digests(whole, STEPS)
+
+    one = tmp_path / "one"
+    finish(runs.launch(1, words(one, base, text, train__micro_batch_size=4), cache))
+    for a, b in zip(runs.log(one), log, strict=True):
+        assert a["tokens"] == b["tokens"]
+        for key in ("loss", "grad_norm", "replay_loss"):
+            assert a[key] == pytest.approx(b[key], rel=1e-5), key
+    assert runs.log(one)[-1]["exact_answers"] == log[-1]["exact_answers"]
+
+
+def test_a_missing_base_is_one_line(text: Path, cache: Path, tmp_path: Path) -> None:
+    done = runs.launch(0, words(tmp_path / "run", tmp_path / "none", text), cache)
+    assert done.returncode == 4
+    assert "is not there, and fine-tuning starts from it" in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
