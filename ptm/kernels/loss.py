@@ -9,6 +9,11 @@ product is done twice. Three products per chunk, as in plain training. (Liger-Ke
 Logits have the type of x (bf16 in training) and are widened to fp32, in slices that stay in cache,
 before the softmax. The negative log-likelihood comes from the largest entry: -log p_y = (max - log
 p_max) - z_y, exact where p_y underflows.
+
+That is the path of torch. On CPUs with AMX bf16 rows are served by csrc/linear_ce: logits of 1024
+words at a time stay fp32 and turn into softmax or gradient in tiles that never leave the cache, and
+the backward makes them anew, for it is one product more but no T x V tensor and no fp32 gradient of
+the weight.
 """
 
 from __future__ import annotations
@@ -16,6 +21,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ptm.kernels import native
+
+native.declare("linear_ce")
 
 IGNORED = -100
 CHUNK_LOGITS = 2**23  # 16 MiB of bf16 logits
@@ -35,8 +44,15 @@ def linear_cross_entropy(x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor) -> T
     Shapes: x (T, D), weight (V, D), labels (T,) int64 -> () fp32. Holds `chunk_tokens(V)` rows of
     logits at most.
     """
+    if is_compiled(x_TD, weight_VD):
+        return torch.ops.ptm.linear_ce(x_TD, weight_VD, labels_T)[0]
     with_grad = torch.is_grad_enabled() and (x_TD.requires_grad or weight_VD.requires_grad)
     return _LinearCrossEntropy.apply(x_TD, weight_VD, labels_T, with_grad)  # type: ignore[return-value]
+
+
+def is_compiled(x_TD: Tensor, weight_VD: Tensor) -> bool:
+    """Whether csrc/linear_ce serves these rows."""
+    return x_TD.dtype is torch.bfloat16 and native.serves("linear_ce", x_TD, weight_VD)
 
 
 def chunk_tokens(vocab_size: int) -> int:
@@ -89,3 +105,56 @@ def _nll_and_grad(logits: Tensor, labels: Tensor) -> Tensor:
         p.scatter_add_(1, label_T1[rows], torch.full_like(nll, -1.0))
         logits[rows] = p.mul_(kept_T1[rows])
     return total
+
+
+# The op: (sum of the losses, lse of each token's logits).
+torch.library.define(
+    "ptm::linear_ce", "(Tensor x, Tensor weight, Tensor labels) -> (Tensor, Tensor)"
+)
+torch.library.define(
+    "ptm::linear_ce_backward",
+    "(Tensor grad, Tensor x, Tensor weight, Tensor labels, Tensor lse) -> (Tensor, Tensor)",
+)
+
+
+@torch.library.impl("ptm::linear_ce", "CPU")
+def _loss(x: Tensor, weight: Tensor, labels: Tensor):
+    nll, lse = (x.new_empty(x.shape[0], dtype=torch.float32) for _ in range(2))
+    native.call("linear_ce", x.contiguous(), weight.contiguous(), labels.contiguous(), lse, nll,
+                *x.shape, weight.shape[0])  # fmt: skip
+    return nll.sum(), lse
+
+
+@torch.library.register_fake("ptm::linear_ce")
+def _loss_result(x: Tensor, weight: Tensor, labels: Tensor):
+    wide = torch.float32
+    return x.new_empty((), dtype=wide), x.new_empty(x.shape[0], dtype=wide)
+
+
+@torch.library.impl("ptm::linear_ce_backward", "CPU")
+def _loss_backward(grad: Tensor, x: Tensor, weight: Tensor, labels: Tensor, lse: Tensor):
+    x, weight = x.contiguous(), weight.contiguous()
+    grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight)
+    native.call("linear_ce_backward", x, weight, labels.contiguous(), lse, grad_x, grad_weight,
+                *x.shape, weight.shape[0], float(grad))  # fmt: skip
+    return grad_x, grad_weight
+
+
+@torch.library.register_fake("ptm::linear_ce_backward")
+def _loss_gradients(grad: Tensor, x: Tensor, weight: Tensor, labels: Tensor, lse: Tensor):
+    dense = torch.contiguous_format
+    return torch.empty_like(x, memory_format=dense), torch.empty_like(weight, memory_format=dense)
+
+
+def _save(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _differentiate(ctx, grad: Tensor, _):
+    x, weight, labels, lse = ctx.saved_tensors
+    grad_x, grad_weight = torch.ops.ptm.linear_ce_backward(grad, x, weight, labels, lse)
+    return grad_x, grad_weight, None
+
+
+torch.library.register_autograd("ptm::linear_ce", _differentiate, setup_context=_save)

@@ -57,7 +57,10 @@ def moments(job: Job) -> dict[str, int]:
 
 
 def _loss(job: Job) -> int:
-    """Logits of one chunk of tokens, and beside them fp32 slices or their gradient for the head."""
+    """Logits of one chunk of tokens, and beside them fp32 slices or their gradient for the head.
+
+    Of torch's path. csrc/linear_ce holds less, and scratch memory out of torch's sight.
+    """
     m, c, T = job.model, job.compute_bytes, job.micro_rows * job.seq_len
     V = m.vocab_size
     chunk = min(T, loss_kernel.chunk_tokens(V))

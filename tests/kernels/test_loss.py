@@ -1,10 +1,11 @@
-"""Chunked cross entropy against the plain one, and the memory it promises."""
+"""Chunked cross entropy of torch against the plain one, and the memory it promises; the compiled
+one is in test_loss_native.py."""
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ptm.kernels import loss
+from ptm.kernels import loss, native
 from ptm.kernels.loss import (
     IGNORED,
     chunk_tokens,
@@ -12,6 +13,12 @@ from ptm.kernels.loss import (
     linear_cross_entropy_reference,
 )
 from tests.support.compare import TOLERANCE, assert_same_maths, distance, random
+
+
+@pytest.fixture(autouse=True)
+def by_torch():
+    with native.forced(None):
+        yield
 
 
 @pytest.fixture

@@ -1,0 +1,96 @@
+"""Cases of `ptm bench kernels` for products: with quantized weights, and the head with its loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import cycle
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ptm.bench.kernel_case import Case, Run, ours, with_isa
+from ptm.kernels.loss import linear_cross_entropy
+from ptm.kernels.quant_linear import PackedWeight, pack, wq_linear
+from ptm.quant.grid import Grid, GridKind, Quantized, round_to_nearest
+
+OUTPUTS, INPUTS = 8192, 2048
+COLD_BYTES = 400e6  # weights that take turns, so that none is still in a cache
+GRIDS = (Grid(GridKind.int4), Grid(GridKind.fp6_e2m3), Grid(GridKind.int8, 0))
+
+
+def wq_linear_cases() -> Iterator[Case]:
+    """A linear of the published size: one row, whose time is that of reading weights, and 512."""
+    w_NK = torch.randn(OUTPUTS, INPUTS, generator=torch.Generator().manual_seed(0))
+    plain = _cold([w_NK.bfloat16()], OUTPUTS * INPUTS * 2)
+    for grid in GRIDS:
+        q = round_to_nearest(w_NK, grid)
+        values = None if grid.is_int else grid.values()
+        packed = pack(q.codes_NK, q.scale_NG, bits=grid.bits, group=grid.group, values=values)
+        weights = [packed, *(_copy(packed) for _ in range(int(COLD_BYTES / packed.size_bytes)))]
+        exact = q.dequantize().double().t()
+        for rows in (1, 16, 512):
+            x = torch.randn(rows, INPUTS, generator=torch.Generator().manual_seed(1)).bfloat16()
+            turn, other = cycle(weights), cycle(plain)
+            runs = ours("wq_linear", lambda x=x, turn=turn: [wq_linear(x, next(turn))])
+            runs = {name: run for name, run in runs.items() if "amx" in name or "avx512" in name}
+            runs["torch, bf16 weights"] = lambda x=x, other=other: [F.linear(x, next(other))]
+            if grid.kind is GridKind.int4:
+                runs["torch, int4 weights"] = _torch_int4(x, q)
+            flops = 2.0 * rows * OUTPUTS * INPUTS
+            what = f"{rows} x {INPUTS} -> {OUTPUTS}, {grid.kind} group {grid.group}"
+            moved = packed.size_bytes + 2 * rows * (INPUTS + OUTPUTS)
+            yield Case("wq_linear", what, runs, lambda x=x, w=exact: [x.double() @ w], moved,
+                       flops if rows > 16 else 0.0)  # fmt: skip
+
+
+def linear_ce() -> Iterator[Case]:
+    """The head of the mini model and a large one, forward and backward, bf16."""
+    for T, D, V in ((2048, 256, 8192), (1024, 2048, 16384)):
+        draw = torch.Generator().manual_seed(0)
+        x = torch.randn(T, D, generator=draw).bfloat16().requires_grad_()
+        w = (0.03 * torch.randn(V, D, generator=draw)).bfloat16().requires_grad_()
+        labels = torch.randint(V, (T,), generator=draw)
+
+        def with_loss(loss, x=x, w=w, labels=labels) -> Run:
+            def run() -> Sequence[Tensor]:
+                return torch.autograd.grad(loss(x, w, labels), [x, w])
+
+            return run
+
+        def in_fp32(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
+            return F.cross_entropy(F.linear(x, w).float(), y, reduction="sum")
+
+        def plain(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
+            return F.cross_entropy(F.linear(x, w), y, reduction="sum")
+
+        runs = {
+            "ptm amx": with_isa("amx", with_loss(linear_cross_entropy)),
+            "ptm, torch": with_isa(None, with_loss(linear_cross_entropy)),
+            "torch, fp32 logits": with_loss(in_fp32),
+            "torch, bf16 logits": with_loss(plain),
+        }
+        if not any("amx" in name for name in ours("linear_ce", runs["ptm amx"])):
+            del runs["ptm amx"]
+        wide = [t.detach().double().requires_grad_() for t in (x, w)]
+        exact = with_loss(plain, *wide)
+        yield Case("linear_ce", f"{T} x {D}, {V} words, forward and backward, bf16", runs, exact,
+                   4.0 * D * (T + V), 6.0 * T * D * V)  # fmt: skip
+
+
+def _cold(weights: list[Tensor], size_bytes: float) -> list[Tensor]:
+    return weights + [weights[0].clone() for _ in range(int(COLD_BYTES / size_bytes))]
+
+
+def _copy(weight: PackedWeight) -> PackedWeight:
+    return replace(weight, codes=weight.codes.clone(), scale=weight.scale.clone())
+
+
+def _torch_int4(x: Tensor, q: Quantized) -> Run:
+    codes = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.codes_NK.int(), 1)
+    scale = q.scale_NG.float().t()
+    both = torch.stack([scale, torch.zeros_like(scale)], -1).contiguous().bfloat16()
+    turn = cycle(_cold([codes], codes.numel() * codes.element_size()))
+    group = q.grid.group
+    return lambda: [torch.ops.aten._weight_int4pack_mm_for_cpu(x, next(turn), group, both)]
