@@ -77,6 +77,7 @@ VERBS = {
         "ptm.jobs:PlanJob",
         "ptm.verbs:plan",
         ("trace",),
+        {"export": ("ptm.jobs:PlanExportJob", "action")},
     ),
     "eval": Verb(
         "Held-out loss, perplexity and bits per byte.",

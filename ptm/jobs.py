@@ -7,7 +7,9 @@ from dataclasses import field
 
 from ptm.common.config import config, ranged
 from ptm.data.config import DataAction
-from ptm.recipe import Recipe
+from ptm.export.config import ExportFormat
+from ptm.quant.config import Layers
+from ptm.recipe import Recipe, Scale
 
 
 @config
@@ -72,6 +74,24 @@ class PlanJob(Recipe):
     "Pages in memory at once in the schedule; null is as many as the plan or the run has."
     out: str = "schedule.svg"
     "SVG file that takes the drawing of the schedule."
+
+
+@config
+class PlanExportJob:
+    action: str
+    "export."
+    recipe: str = "m32"
+    "Recipe of the model."
+    scale: Scale = Scale.full
+    "Its scale; full is as published."
+    bits: int = ranged(4, least=4, most=16)
+    "Bits of a weight: 4, 8, or 6 with format=fp6; 16 quantizes nothing."
+    format: ExportFormat = ExportFormat.gptq
+    "How codes are stored, as of ptm export."
+    group: int = ranged(128, least=0, most=2**16)
+    "Inputs that share a scale; 0 is one scale for each output."
+    layers: Layers = Layers.published
+    "Which linears: published, the router too, as the published files have it; or default."
 
 
 @config

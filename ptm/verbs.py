@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from rich.console import Console
+from rich.table import Table
 
 from ptm.bench import decode, engines, kernels, router, tiers, updates, wire
 from ptm.build import hardware_folders, make_plan
@@ -19,6 +21,7 @@ from ptm.checkpoint.open_model import open_model
 from ptm.common import env
 from ptm.common.device import best_device
 from ptm.common.errors import CheckpointError, RecipeError, StorageError, line
+from ptm.common.units import format_bytes
 from ptm.common.values import show
 from ptm.data import job as data_job
 from ptm.data.config import DataConfig
@@ -28,6 +31,10 @@ from ptm.engine.config import PolicyKind
 from ptm.engine.terms import Terms
 from ptm.engine.trace import Trace
 from ptm.eval.perplexity import held_out
+from ptm.export.config import ExportConfig
+from ptm.export.m32 import linears_of
+from ptm.export.quantize import check_sizes
+from ptm.export.size import kinds_of
 from ptm.jobs import (
     BenchJob,
     DataJob,
@@ -35,6 +42,7 @@ from ptm.jobs import (
     EvalJob,
     GenerateJob,
     KernelBenchJob,
+    PlanExportJob,
     PlanJob,
     ReportJob,
     StepBenchJob,
@@ -63,9 +71,13 @@ BENCHES = {"router": router.run, "updates": updates.run}
 STEP_BENCHES = {"engines": engines.run, "wire": wire.run, "tiers": tiers.run}
 
 
-def plan(job: PlanJob) -> None:
-    """Print the plan, or leave with code 3; with schedule, when pages move within a step too."""
+def plan(job: PlanJob | PlanExportJob) -> None:
+    """Print the plan, or leave with code 3; with schedule, when pages move within a step too; of an
+    export, its size."""
     if env.ranks().rank != 0:
+        return
+    if isinstance(job, PlanExportJob):
+        show_export(job)
         return
     if job.trace is not None:
         show_schedule(job, *_traced(Path(job.trace)))
@@ -90,6 +102,32 @@ def plan(job: PlanJob) -> None:
         if found.num_shown < found.micro_batches:
             print(f"{found.num_shown} of {found.micro_batches:,} micro-batches, which are alike:\n")
         show_schedule(job, found.trace, found.terms)
+
+
+def show_export(job: PlanExportJob) -> None:
+    """Print the bytes of an export by kind of tensor, beside those in 16 bits."""
+    model = load_recipe([f"recipe={job.recipe}", f"model.scale={job.scale}"]).model
+    is_16 = job.bits == 16
+    given = ExportConfig(
+        run="", format=job.format, bits=None if is_16 else job.bits, group=job.group,
+        layers=job.layers,
+    )  # fmt: skip
+    check_sizes(linears_of(model, job.layers), given)
+    found = kinds_of(model, given, is_16_bits=is_16)
+    shown = Table(title=f"{job.recipe}, scale {job.scale}: {job.format}, {job.bits} bits")
+    for head in ("kind", "tensors", "parameters", "bits", "size"):
+        shown.add_column(head, justify="left" if head == "kind" else "right")
+    for kind in found:
+        counts = f"{kind.tensors:,}", f"{kind.parameters:,}", str(kind.bits)
+        shown.add_row(kind.name, *counts, format_bytes(kind.num_bytes))
+    total = sum(kind.num_bytes for kind in found)
+    numel = sum(kind.parameters for kind in found)
+    shown.add_section()
+    count = f"{sum(kind.tensors for kind in found):,}"
+    shown.add_row("all", count, f"{numel:,}", f"{8 * total / numel:.2f}", format_bytes(total))
+    console = Console(highlight=False)
+    console.print(shown)
+    console.print(f"{total / (2 * numel):.1%} of 16 bits, {format_bytes(2 * numel)}")
 
 
 def _traced(run: Path) -> tuple[Trace, Terms]:

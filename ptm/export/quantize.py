@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,10 +86,10 @@ def working_weight(master: Tensor) -> Tensor:
     return weight.float()
 
 
-def check_sizes(walk: Walk, config: ExportConfig) -> None:
+def check_sizes(linears: Mapping[str, tuple[int, int]], config: ExportConfig) -> None:
     """Raise RecipeError where a group or a word does not divide a linear."""
     per_word = 32 // config.width if config.format is ExportFormat.gptq else 1
-    for name, (outputs, inputs) in walk.linears(config.layers).items():
+    for name, (outputs, inputs) in linears.items():
         if config.group and inputs % config.group:
             fits = [g for g in (128, 64, 32, 16) if inputs % g == 0]
             rule = f"must divide the {inputs} inputs of {name}"
@@ -107,7 +107,7 @@ def export(
     rows_of is None where no text is needed. Raises CheckpointError, DataError, RecipeError,
     StorageError.
     """
-    check_sizes(walk, config)
+    check_sizes(walk.linears(config.layers), config)
     out = out_of(config)
     partial = Partial(out, _settings(config, walk), walk.num_layers + 1)
     text = rows = None
