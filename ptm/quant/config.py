@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from ptm.common.config import Choice, config, ranged
 from ptm.common.errors import RecipeError, line
-from ptm.quant.grid import Grid, GridKind
+
+if TYPE_CHECKING:
+    from ptm.quant.grid import Grid
 
 
 class QatGrid(Choice):
@@ -46,4 +50,6 @@ class QatConfig:
         """The grid, or None."""
         if self.grid is QatGrid.none:
             return None
+        from ptm.quant.grid import Grid, GridKind  # late: a wrong word is answered without torch
+
         return Grid(GridKind(str(self.grid)), self.group, self.symmetric)
