@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 
 import torch
@@ -11,15 +12,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ptm.checkpoint import hf_config
+from ptm.checkpoint.load_model import module_of
 from ptm.checkpoint.open_model import open_model
 from ptm.checkpoint.untrusted import read_json
 from ptm.common import env
 from ptm.common.errors import CheckpointError, PtmError, RecipeError, StorageError, line
-from ptm.common.units import format_bytes
+from ptm.common.units import format_bytes, parse_bytes
 from ptm.data.config import DataConfig
 from ptm.data.corpus import open_corpus
 from ptm.data.loader import Rows
-from ptm.export import card, quantize, verify
+from ptm.export import allocate, card, quantize, verify
 from ptm.export.config import ExportConfig, ExportFormat, Fp6, Method, VerifyConfig
 from ptm.export.m32 import M32
 from ptm.export.ordinary import OrdinaryWalk
@@ -46,6 +48,9 @@ def export(job: ExportConfig | VerifyConfig) -> None:
         rows_of = _calibration_rows(job, folder, walk)
         total += walk.num_layers if walk.num_experts else 0
     console = Console(highlight=False)
+    bits = None if job.size is None else _chosen_bits(job, walk, folder, console)
+    if bits is not None:
+        total -= sum(b == quantize.BF16 for b in bits.values())
     columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(TextColumn("{task.description}"), *columns, console=console) as progress:
         task = progress.add_task("quantizing", total=total)
@@ -53,8 +58,51 @@ def export(job: ExportConfig | VerifyConfig) -> None:
         def advance(name: str) -> None:
             progress.update(task, advance=1, description=name.removeprefix("model."))
 
-        out, records = quantize.export(job, walk, rows_of, advance)
+        out, records = quantize.export(job, walk, rows_of, advance, bits)
     print_export(console, out, records)
+
+
+SENSITIVITY_ROWS = 16
+
+
+def _chosen_bits(job: ExportConfig, walk: Walk, folder: Path, console: Console) -> dict[str, int]:
+    """Bits of each linear for `size`, measured and shown."""
+    assert job.size is not None
+    if not isinstance(walk, M32):
+        raise RecipeError(line("size", job.size, "measures M32 only", "give bits=4 or bits=8"))
+    linears = walk.linears(job.layers)
+    every = {name: math.prod(walk.shape(name)) for name in walk.names()}
+    rest = 2 * sum(n for name, n in every.items() if name.removesuffix(".weight") not in linears)
+    budget = parse_bytes(job.size, key="size") - rest
+    ids, documents = _calibration_rows(job, folder, walk)(SENSITIVITY_ROWS)
+    model = module_of(walk.opened, job.run, dtype=torch.bfloat16)
+    grids = {b: quantize.grid_of(job, walk.scale_dtype, b) for b in (4, 8)}
+    with Progress(console=console) as progress:
+        task = progress.add_task("measuring", total=None)
+
+        def advance(name: str) -> None:
+            progress.update(task, advance=1, description=name.removeprefix("model."))
+
+        costs = allocate.measure(model, linears, grids, ids, documents, advance)
+    try:
+        bits = allocate.choose_bits(costs, budget)
+    except ValueError as error:
+        least = format_bytes(rest + sum(min(c.size.values()) for c in costs.values()))
+        rule = f"at 4 bits all weights are {least}"
+        raise RecipeError(line("size", job.size, rule, "give more")) from error
+    shown = Table(title=f"bits by kind of linear, {format_bytes(budget + rest)} in all")
+    for head in ("kind", "4 bits", "8", "16", "KL of all at 4", "as chosen"):
+        shown.add_column(head, justify="left" if head == "kind" else "right")
+    kinds: dict[str, list[str]] = {}
+    for name in linears:
+        kinds.setdefault(card.kind_of(name), []).append(name)
+    for kind, names in kinds.items():
+        counts = (str(sum(bits[n] == b for n in names)) for b in (4, 8, 16))
+        before = sum(costs[n].kl[4] for n in names)
+        after = sum(costs[n].kl[bits[n]] for n in names)
+        shown.add_row(kind, *counts, f"{before:.2e}", f"{after:.2e}")
+    console.print(shown)
+    return bits
 
 
 def settled(job: ExportConfig, folder: Path) -> ExportConfig:

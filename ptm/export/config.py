@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from ptm.common.config import Choice, config, ranged
 from ptm.common.errors import RecipeError, line
+from ptm.common.units import parse_bytes
 from ptm.model.hf_names import Layout
 from ptm.quant.config import Layers
 
@@ -75,6 +76,9 @@ class ExportConfig:
     TC-FPx's 4+2 split."""
     bits: int | None = ranged(None, least=4, most=8)
     "Bits of a weight: 4 or 8; 6 with format=fp6. null is 4 or 6."
+    size: str | None = None
+    """Bytes of all weights, like 23.3GB: each linear gets 4, 8 or 16 bits, as little as is lost by
+    measurement; null: all have `bits`."""
     group: int = ranged(128, least=0, most=2**16)
     "Inputs that share a scale; 0 is one scale for each output."
     symmetric: bool = True
@@ -121,6 +125,11 @@ class ExportConfig:
             raise RecipeError(line("bits", self.bits, rule, other))
         if self.format is ExportFormat.fp6 and not self.symmetric:
             raise RecipeError(line("symmetric", "false", "fp6 has no zero points", "leave it out"))
+        if self.size is not None:
+            parse_bytes(self.size, key="size")
+            if self.format is ExportFormat.fp6 or self.bits is not None:
+                rule = "chooses among 4, 8 and 16 bits"
+                raise RecipeError(line("size", self.size, rule, "leave out bits and format=fp6"))
 
 
 @config

@@ -38,6 +38,7 @@ from ptm.quant.gptq import GptqOptions, Hessian, factorize, relative_error, solv
 from ptm.quant.grid import Grid, GridKind, Quantized, round_to_nearest
 from ptm.quant.pack import Format, to_tensors
 
+BF16 = 16
 Advance = Callable[[str], None]
 RowsOf = Callable[[int], tuple[Tensor, Tensor]]
 """`rows_of(n)`: ids and document ids of n rows of calibration text, (n, L) each."""
@@ -57,10 +58,13 @@ class Record(NamedTuple):
     damping: float | None
 
 
-def grid_of(config: ExportConfig, scale_dtype: torch.dtype = torch.float16) -> Grid:
+def grid_of(
+    config: ExportConfig, scale_dtype: torch.dtype = torch.float16, bits: int | None = None
+) -> Grid:
+    """The grid of a linear; bits: where they are chosen for each."""
     if config.format is ExportFormat.fp6:
         return Grid(GridKind(f"fp6_{config.fp6}"), config.group, scale_dtype=scale_dtype)
-    kind = GridKind.int4 if config.width == 4 else GridKind.int8
+    kind = GridKind.int4 if (bits or config.width) == 4 else GridKind.int8
     return Grid(kind, config.group, config.symmetric, scale_dtype)
 
 
@@ -75,7 +79,8 @@ def format_of(config: ExportConfig) -> Format:
 def out_of(config: ExportConfig) -> Path:
     if config.out is not None:
         return Path(config.out)
-    return Path(config.run) / "export" / f"{config.format}-{config.width}"
+    bits = config.width if config.size is None else config.size
+    return Path(config.run) / "export" / f"{config.format}-{bits}"
 
 
 def working_weight(master: Tensor) -> Tensor:
@@ -100,15 +105,26 @@ def check_sizes(linears: Mapping[str, tuple[int, int]], config: ExportConfig) ->
 
 
 def export(
-    config: ExportConfig, walk: Walk, rows_of: RowsOf | None, advance: Advance
+    config: ExportConfig,
+    walk: Walk,
+    rows_of: RowsOf | None,
+    advance: Advance,
+    bits: Mapping[str, int] | None = None,
 ) -> tuple[Path, list[Record]]:
     """Write the export; `advance` hears of every linear and every layer of the first pass.
 
-    rows_of is None where no text is needed. Raises CheckpointError, DataError, RecipeError,
+    rows_of is None where no text is needed. bits of each linear, 16 where it stays as it is; None:
+    those of the config. Raises CheckpointError, DataError, RecipeError,
     StorageError.
     """
     check_sizes(walk.linears(config.layers), config)
     out = out_of(config)
+    linears = walk.linears(config.layers)
+    grids = {
+        name: grid_of(config, walk.scale_dtype, None if bits is None else bits[name])
+        for name in linears
+        if bits is None or bits[name] < BF16
+    }
     partial = Partial(out, _settings(config, walk), walk.num_layers + 1)
     text = rows = None
     if rows_of is not None:
@@ -118,7 +134,7 @@ def export(
     if partial.num_done and twin_rows is not None:
         twin_rows = _resumed(partial, "twin")
     for layer in range(partial.num_done, walk.num_layers):
-        made = _Layer(config, walk, layer, advance)
+        made = _Layer(config, walk, layer, grids, advance)
         if text is not None and rows is not None:
             rows, twin_rows = made.calibrate(rows, twin_rows, text)
         else:
@@ -128,19 +144,25 @@ def export(
         kept |= {f"twin.{i:05d}": x for i, x in enumerate(twin_rows or ())}
         partial.finish_layer(layer, kept or {"none": torch.zeros(1)}, made.records)
     records = [Record(*values) for values in partial.records()]
-    _finish(config, walk, partial, records)
+    _finish(config, walk, grids, partial, records)
     return out, records
 
 
 class _Layer:
     """One layer: its codes as they are found."""
 
-    def __init__(self, config: ExportConfig, walk: Walk, index: int, advance: Advance) -> None:
+    def __init__(
+        self,
+        config: ExportConfig,
+        walk: Walk,
+        index: int,
+        grids: Mapping[str, Grid],
+        advance: Advance,
+    ) -> None:
         self.config, self.walk = config, walk
         self.index, self.advance = index, advance
         self.prefix = f"model.layers.{index}."
-        self.chosen = [n for n in walk.linears(config.layers) if n.startswith(self.prefix)]
-        self.grid = grid_of(config, walk.scale_dtype)
+        self.grids = {n: grid for n, grid in grids.items() if n.startswith(self.prefix)}
         self.codes: dict[str, Quantized] = {}
         self.records: list[Record] = []
         self.options = GptqOptions(
@@ -153,10 +175,10 @@ class _Layer:
     def round(self) -> None:
         """Without text: every linear to the nearest codes, of the weights that forwards saw."""
         is_trained = self.config.method is Method.trained
-        for name in self.chosen:
+        for name, grid in self.grids.items():
             weight = self._weight(name)
             weight = working_weight(weight) if is_trained else weight
-            self._keep(name, round_to_nearest(weight, self.grid), None, 0, None)
+            self._keep(name, round_to_nearest(weight, grid), None, 0, None)
 
     def calibrate(
         self, rows: list[Tensor], twin_rows: list[Tensor] | None, text: Text
@@ -172,7 +194,7 @@ class _Layer:
             return stop.value.rows, stop.value.twin_rows
 
     def _stage(self, stage: Stage) -> None:
-        wanted = {n: w for n, w in stage.linears.items() if self.prefix + n in self.chosen}
+        wanted = {n: w for n, w in stage.linears.items() if self.prefix + n in self.grids}
         if not wanted:
             return
         num_inputs = next(iter(wanted.values())).shape[1]
@@ -187,10 +209,10 @@ class _Layer:
         cross = _cross(stage, num_inputs)
         for name, parameter in wanted.items():
             whole = self.prefix + name
-            weight = self._weight(whole)
-            solved = solve(weight, factor, self.grid, self.options, cross_KK=cross)
+            weight, grid = self._weight(whole), self.grids[whole]
+            solved = solve(weight, factor, grid, self.options, cross_KK=cross)
             parameter.copy_(solved.quantized.dequantize())
-            nearest = round_to_nearest(weight, self.grid).dequantize()
+            nearest = round_to_nearest(weight, grid).dequantize()
             before = relative_error(weight, nearest, factor.mean_KK)
             damping = None if solved.damping == self.options.damping else solved.damping
             found = (solved.error, before)
@@ -210,7 +232,8 @@ class _Layer:
     ) -> None:
         self.codes[name] = codes
         error, nearest = errors or (None, None)
-        made = Record(name, self.grid.bits, self.grid.group, error, nearest, rows, own, damping)
+        grid = codes.grid
+        made = Record(name, grid.bits, grid.group, error, nearest, rows, own, damping)
         self.records.append(made)
         self.advance(name)
 
@@ -275,7 +298,13 @@ def _settings(config: ExportConfig, walk: Walk) -> dict[str, Any]:
     return {**keys, "model": str(walk.folder.resolve())}
 
 
-def _finish(config: ExportConfig, walk: Walk, partial: Partial, records: list[Record]) -> None:
+def _finish(
+    config: ExportConfig,
+    walk: Walk,
+    chosen: Mapping[str, Grid],
+    partial: Partial,
+    records: list[Record],
+) -> None:
     rest = [name for name in walk.names() if not name.startswith("model.layers.")]
     partial.write_shard(0, {name: walk.read(name).to(walk.dtype) for name in rest})
     (partial.folder / "settings-rows.json").unlink(missing_ok=True)
@@ -285,7 +314,7 @@ def _finish(config: ExportConfig, walk: Walk, partial: Partial, records: list[Re
         for name, size in _sizes(partial.folder, file):
             where[name], total = file, total + size
     grids: dict[str, Grid | None] = dict.fromkeys(walk.left(config.layers))
-    grids |= dict.fromkeys(walk.linears(config.layers), grid_of(config, walk.scale_dtype))
+    grids |= {name: chosen.get(name) for name in walk.linears(config.layers)}
     about = {"quantizer": ["ptm"], "damp_percent": config.damping, "rows": config.rows,
              "method": str(config.method), "alpha": config.alpha}  # fmt: skip
     for path in partial.folder.glob("tokenizer*"):

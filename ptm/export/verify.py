@@ -52,7 +52,7 @@ def models_of(reference: Opened, others: Mapping[str, Opened]) -> dict[str, Tran
     for module in source.modules:
         weight = plain.read(f"{module}.weight").float()
         grid = source.quantized(module)[0].grid
-        _parameter(nearest, module).copy_(round_to_nearest(weight, grid).dequantize())
+        parameter_of(nearest, module).copy_(round_to_nearest(weight, grid).dequantize())
     return {**found, "nearest": nearest}
 
 
@@ -62,7 +62,7 @@ def _quantized(opened: Opened) -> QuantSource:
     return opened.quantized
 
 
-def _parameter(model: Transformer, module: str) -> Tensor:
+def parameter_of(model: Transformer, module: str) -> Tensor:
     """The weight of a published linear, in our model."""
     head, _, tail = module.partition(".experts.")
     if not tail:
