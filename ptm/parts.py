@@ -32,6 +32,8 @@ from ptm.eval.perplexity import held_out
 from ptm.mesh.mesh import Mesh
 from ptm.mesh.peers import Peers
 from ptm.model.init import new_weight
+from ptm.model.lora import add_lora, use_lora
+from ptm.model.lora_config import AdapterKind
 from ptm.model.transformer import Transformer
 from ptm.optim.adamw import adamw
 from ptm.parallel.adapters import adapted_engine
@@ -86,6 +88,8 @@ def build_model(
             recompute=recipe.train.recompute is Recompute.block,
         )
     model = Transformer(recipe.model, dtype=dtype, device="meta")
+    if recipe.adapter.kind is AdapterKind.lora:
+        add_lora(model, recipe.adapter)
     units = units_of(model)
     materialize_buffers(model, mesh.device)
     share_experts(model, mesh, recipe.engine.chunks)
@@ -118,6 +122,8 @@ def build_model(
             gpu_bytes=tiers.get("gpu", 0),
         ),
     )
+    if recipe.adapter.kind is AdapterKind.lora:
+        use_lora(model, recipe.adapter)
     if (grid := recipe.qat.made()) is not None:  # last: the engine takes parameters as they are
         put_on_grid(model, grid, recipe.qat.layers)
     return model, engine
@@ -170,6 +176,11 @@ def first_weights(
         initial = _initial_weights(recipe)
         for name, shape in engine.shapes().items():
             engine.fill(name, initial(name, torch.Size(shape)))
+    if state.step and recipe.adapter.kind is not AdapterKind.none:
+        initial = _initial_weights(recipe)  # frozen weights are in no checkpoint
+        for name, parameter in engine.model.named_parameters():
+            if not parameter.requires_grad:
+                engine.fill(name, initial(name, parameter.shape))
     last = on_main(peers, lambda: last_logged_step(recipe.run_dir))
     if last > state.step:
         first = state.step + 1
@@ -189,7 +200,13 @@ def _initial_weights(recipe: Recipe) -> Callable[[str, torch.Size], Tensor]:
     shapes = {name: tuple(tensor.shape) for name, tensor in wanted.items()}
     check_shapes(opened.weights, shapes, Path(recipe.train.init_from))
     say(f"starting from the weights in {recipe.train.init_from}")
-    return lambda name, shape: opened.weights.read(name).float()
+
+    def initial(name: str, shape: torch.Size) -> Tensor:
+        if name in shapes:
+            return opened.weights.read(name).float()
+        return new_weight(recipe.model, name, shape, recipe.train.seed)
+
+    return initial
 
 
 class Batches:
@@ -253,8 +270,8 @@ def save(
 def _names(model: nn.Module) -> set[str]:
     """What a checkpoint must hold, from the model and not from the engine that it checks."""
     kinds = ("model.", "optim.exp_avg.", "optim.exp_avg_sq.")
-    parameters = [name for name, _ in model.named_parameters()]
-    buffers = set(model.state_dict()) - set(parameters)
+    parameters = [name for name, p in model.named_parameters() if p.requires_grad]
+    buffers = set(model.state_dict()) - {name for name, _ in model.named_parameters()}
     return {kind + name for kind in kinds for name in parameters} | {
         "model." + name for name in buffers
     }

@@ -35,6 +35,7 @@ from ptm.data.sft_config import SftConfig
 from ptm.engine.config import EngineConfig, EngineKind
 from ptm.eval.config import EvalConfig
 from ptm.model.config import ModelConfig, Scale
+from ptm.model.lora_config import AdapterConfig, AdapterKind
 from ptm.optim.config import OptimConfig
 from ptm.quant.config import QatConfig, QatGrid
 from ptm.recipe_files import RecipeFile, read_chain
@@ -80,6 +81,7 @@ class Recipe:
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     sft: SftConfig = SftConfig()
+    adapter: AdapterConfig = AdapterConfig()
     train: TrainConfig = TrainConfig()
     qat: QatConfig = QatConfig()
     optim: OptimConfig = OptimConfig()
@@ -116,6 +118,8 @@ class Recipe:
             rule = f"engine.kind={self.engine.kind} does not keep the bias in checkpoints"
             remedy = "use engine.kind=paged, or model.router_aux_loss_coef"
             raise RecipeError(line("model.router_bias_update_rate", rate, rule, remedy))
+        if self.adapter.kind is not AdapterKind.none:
+            self._check_adapter()
         if self.checkpoint.interval == 0 and self.engine.ssd_path is None:
             rule = "must be 1 or more without an engine.ssd_path, or a kill loses the run"
             raise RecipeError(line("checkpoint.interval", 0, rule, "give 100"))
@@ -127,6 +131,15 @@ class Recipe:
             rule = f"must be at most train.steps={t.steps}"
             remedy = f"set train.warmup_steps={t.steps // 10}"
             raise RecipeError(line("train.warmup_steps", t.warmup_steps, rule, remedy))
+
+    def _check_adapter(self) -> None:
+        if self.train.init_from is None:
+            rule, remedy = "has no weights to change", "set train.init_from"
+        elif self.engine.kind is not EngineKind.paged or self.engine.ssd_path is not None:
+            rule, remedy = "needs engine.kind=paged without engine.ssd_path", "leave them out"
+        else:
+            return
+        raise RecipeError(line("adapter.kind", self.adapter.kind, rule, remedy))
 
     @property
     def name(self) -> str:

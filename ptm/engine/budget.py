@@ -108,8 +108,8 @@ def summed_bytes(
     layout: Layout, *, zero: int, compute_bytes: int, world: int, has_device: bool = False
 ) -> int:
     """Buffers of gradients on their way; ptm/engine/grads.py says which."""
-    root, *blocks = (unit.numel for unit in layout.units)
-    received = max(sum(received_numel(g) for g in unit.groups) for unit in layout.units)
+    root, *blocks = (unit.trained_numel for unit in layout.units)
+    received = max(sum(received_numel(g) for g in unit.trained) for unit in layout.units)
     # A device adds up what came before that is moved, and fills a second buffer meanwhile.
     sums = 4 * max(owned_numel(unit) for unit in layout.units) if has_device and world > 1 else 0
     if zero == 1 and world > 1:
@@ -126,7 +126,7 @@ def received_numel(group: Group) -> int:
 
 
 def owned_numel(unit: Unit) -> int:
-    return sum(group.shard_numel for group in unit.groups)
+    return sum(group.shard_numel for group in unit.trained)
 
 
 def ssd_bytes(pages: PageMap) -> int:

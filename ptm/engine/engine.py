@@ -105,7 +105,12 @@ class PagedEngine:
             ep=config.ep,
             rank=mesh.rank,
         )
-        self.pages = PageMap(self.layout.numel, config.page_bytes, format_of(dtype, config.moments))
+        self.pages = PageMap(
+            self.layout.numel,
+            config.page_bytes,
+            format_of(dtype, config.moments),
+            trained=self.layout.trained,
+        )
         self.tiers = open_tiers(self.pages, self.layout, dtype.itemsize)
         self.store = self.tiers.store
         self.states = PagedStates(
@@ -241,7 +246,12 @@ class PagedEngine:
     @torch.no_grad()
     def fill(self, name: str, value: Tensor) -> None:
         """Set one parameter's master from a whole tensor that every rank holds."""
-        rows = self.state()[f"model.{name}"]
+        frozen = next((g, s) for g, s in self.layout.slots() if s.name == name)
+        rows = (
+            PageRows(self.states, *frozen, "frozen")
+            if frozen[0].is_frozen
+            else self.state()[f"model.{name}"]
+        )
         stored = value.reshape(stored_shape(value.shape))
         rows.write(stored[rows.first_row : rows.first_row + rows.num_rows])
 
@@ -256,6 +266,7 @@ class PagedEngine:
             prefix + slot.name: PageRows(self.states, group, slot, what)
             for group, slot in self.layout.slots()
             for prefix, what in STATES.items()
+            if not group.is_frozen
         }
 
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -105,31 +105,33 @@ class Grads:
         self.dtype = torch.float32 if self.is_local else units[0].params[0][2].dtype
         self.is_first = self.is_last = True
         owns = [True, *([self.is_local] * (len(units) - 1))]
-        self.units = [Summing(unit, own) for unit, own in zip(units, owns)]
-        shared = [u.gathered.unit.numel for u in self.units if not u.owns_buffer]
+        trained = [unit for unit in units if unit.unit.trained]
+        found = [Summing(unit, own) for unit, own in zip(units, owns)]
+        self.units = [unit for unit in found if unit.gathered.unit.trained]
+        shared = [u.gathered.unit.trained_numel for u in self.units if not u.owns_buffer]
         streams = states.streams
         depth = min(2 if mesh.world > 1 or streams.has_device else 1, len(shared))
-        self._free = [self._buffer(max(shared)) for _ in range(depth)]
+        self._free = [self._buffer(max(shared, default=0)) for _ in range(depth)]
         for unit in self.units:
             if unit.owns_buffer:
-                unit.buffer = self._buffer(unit.gathered.unit.numel)
-        self._rooms = [self._room(units) for _ in range(depth + 1)] if mesh.world > 1 else []
+                unit.buffer = self._buffer(unit.gathered.unit.trained_numel)
+        self._rooms = [self._room(trained) for _ in range(depth + 1)] if mesh.world > 1 else []
         self._under_way: list[UnderWay] = []
         self._landing: list[Landing] = []
         self._host_rooms: list[Tensor] = []
         if streams.has_device:
-            numel = max(owned_numel(unit.unit) for unit in units)
+            numel = max(owned_numel(unit.unit) for unit in trained)
             dtype = torch.float32 if mesh.world > 1 else self.dtype
             self._host_rooms = [streams.room(numel, dtype) for _ in range(2)]
         for unit in self.units:
-            for group, slot, param in unit.gathered.params:
+            for group, slot, param in unit.gathered.trained:
                 param.register_post_accumulate_grad_hook(self._hook(unit, group, slot))
 
     def _buffer(self, numel: int) -> Tensor:
         return torch.empty(numel, dtype=self.dtype, device=self.mesh.device)
 
     def _room(self, units: Sequence[Gathered]) -> Tensor:
-        return self._buffer(max(sum(received_numel(g) for g in u.unit.groups) for u in units))
+        return self._buffer(max(sum(received_numel(g) for g in u.unit.trained) for u in units))
 
     def _hook(self, unit: Summing, group: Group, slot: Slot):
         @torch.no_grad()
@@ -155,7 +157,7 @@ class Grads:
             for unit in self.units:
                 unit.norms = []
         for unit in self.units:
-            unit.missing = {slot.name for _, slot, _ in unit.gathered.params}
+            unit.missing = {slot.name for _, slot, _ in unit.gathered.trained}
 
     def _open(self, unit: Summing) -> None:
         while unit.pending:  # its buffer is still on its way from the micro-batch before
@@ -170,7 +172,7 @@ class Grads:
         for unit in reversed(self.units):
             if unit.missing:
                 self._open(unit)
-                for group, slot, _ in unit.gathered.params:
+                for group, slot, _ in unit.gathered.trained:
                     if slot.name in unit.missing and (self.is_first or not self.is_local):
                         unit.part(group, slot).zero_()
                 unit.missing = set()
@@ -188,7 +190,7 @@ class Grads:
             self._land_oldest()
         room = self._rooms.pop(0) if self._rooms else None
         start = 0
-        for group in unit.gathered.unit.groups:
+        for group in unit.gathered.unit.trained:
             axis = self.mesh.dp if group.axis == "dp" else self.mesh.edp
             part = None if room is None else room[start : start + received_numel(group)]
             start += received_numel(group)
@@ -295,7 +297,7 @@ class Grads:
         """How many sums of each parameter on this rank are not finite, in order."""
         found = []
         for unit in self.units:
-            for group, slot, _ in unit.gathered.params:
+            for group, slot, _ in unit.gathered.trained:
                 start, stop = group.owned(slot)
                 count = 0
                 with self.states.grads() as grads:

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from ptm.engine.state import row_numel, stored_shape
@@ -41,6 +41,8 @@ class Named(NamedTuple):
     name: str
     shape: tuple[int, ...]
     is_expert: bool
+    is_frozen: bool = False
+    "Has no gradient: only its weight is kept, in the format of forward and backward."
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +72,7 @@ class Group:
     index: int
     base: int
     "Where this rank's shard starts in its flat space."
+    is_frozen: bool = False
 
     @property
     def numel(self) -> int:
@@ -106,6 +109,15 @@ class Unit:
     def numel(self) -> int:
         return sum(group.numel for group in self.groups)
 
+    @property
+    def trained(self) -> tuple[Group, ...]:
+        """The groups that have gradients; they come first."""
+        return tuple(group for group in self.groups if not group.is_frozen)
+
+    @property
+    def trained_numel(self) -> int:
+        return sum(group.numel for group in self.trained)
+
 
 @dataclass(frozen=True, slots=True)
 class Layout:
@@ -114,6 +126,8 @@ class Layout:
     units: tuple[Unit, ...]
     numel: int
     "Length of the rank's flat space."
+    trained: int
+    "Length of its first part, what is not frozen."
 
     def slots(self) -> Iterator[tuple[Group, Slot]]:
         for unit in self.units:
@@ -126,21 +140,23 @@ def make_layout(
     units: Iterable[tuple[str, Sequence[Named]]], *, world: int, ep: int, rank: int
 ) -> Layout:
     """Place the parameters of each unit. ep divides world and every expert tensor's first dim."""
-    placed, base = [], 0
-    for name, members in units:
-        groups = []
-        dense = [m for m in members if ep == 1 or not m.is_expert]
-        experts = [m for m in members if ep > 1 and m.is_expert]
-        for axis, chosen in (("dp", dense), ("edp", experts)):
-            if not chosen:
-                continue
-            parts, index = (world, rank) if axis == "dp" else (world // ep, rank // ep)
-            share = (ep, rank % ep) if axis == "edp" else (1, 0)
-            group = _group(axis, chosen, parts=parts, index=index, share=share, base=base)
-            groups.append(group)
-            base += -(-group.shard_numel // ALIGN) * ALIGN
-        placed.append(Unit(name, tuple(groups)))
-    return Layout(tuple(placed), base)
+    named, base, trained = list(units), 0, 0
+    groups: dict[str, list[Group]] = {name: [] for name, _ in named}
+    for is_frozen in (False, True):  # what is frozen lies behind all that is not
+        for name, members in named:
+            chosen = [m for m in members if m.is_frozen == is_frozen]
+            dense = [m for m in chosen if ep == 1 or not m.is_expert]
+            experts = [m for m in chosen if ep > 1 and m.is_expert]
+            for axis, some in (("dp", dense), ("edp", experts)):
+                if not some:
+                    continue
+                parts, index = (world, rank) if axis == "dp" else (world // ep, rank // ep)
+                share = (ep, rank % ep) if axis == "edp" else (1, 0)
+                group = _group(axis, some, parts=parts, index=index, share=share, base=base)
+                groups[name].append(replace(group, is_frozen=is_frozen))
+                base += -(-group.shard_numel // ALIGN) * ALIGN
+        trained = trained if is_frozen else base
+    return Layout(tuple(Unit(name, tuple(found)) for name, found in groups.items()), base, trained)
 
 
 def _group(
@@ -239,8 +255,12 @@ class Format:
 class PageMap:
     """Pages of a flat space of `numel` elements: weights, then states, then gradients."""
 
-    def __init__(self, numel: int, page_bytes: int, fmt: Format) -> None:
+    def __init__(
+        self, numel: int, page_bytes: int, fmt: Format, trained: int | None = None
+    ) -> None:
+        """trained: elements, from the first on, that have states and gradients; None is all."""
         self.numel, self.page_bytes, self.format = numel, page_bytes, fmt
+        self.trained = numel if trained is None else trained
         per_states = page_bytes // fmt.state_block_bytes * ALIGN
         self.weights = self._kind("weights", 0, page_bytes // fmt.weight_bytes)
         self.states = self._kind("states", self.weights.num_pages, per_states)
@@ -250,13 +270,15 @@ class PageMap:
         self.num_pages = durable + self.grads.num_pages
 
     def _kind(self, name: str, first: int, per_page: int) -> Kind:
-        return Kind(name, first, -(-self.numel // per_page), per_page)
+        numel = self.numel if name == "weights" else self.trained
+        return Kind(name, first, -(-numel // per_page), per_page)
 
     @property
     def used_bytes(self) -> int:
         """Bytes of the states themselves, without what the last page of a kind wastes."""
-        blocks = -(-self.numel // ALIGN)
-        return self.numel * (self.format.weight_bytes + 4) + blocks * self.format.state_block_bytes
+        blocks = -(-self.trained // ALIGN)
+        states = self.trained * 4 + blocks * self.format.state_block_bytes
+        return self.numel * self.format.weight_bytes + states
 
     @property
     def waste(self) -> float:
@@ -277,7 +299,8 @@ class PageMap:
         def within(stop: int) -> Resident:
             kinds = (self.weights, self.states, self.grads)
             is_all = stop >= self.numel
-            return Resident(*(k.num_pages if is_all else stop // k.per_page for k in kinds))
+            found = (min(k.num_pages, stop // k.per_page) for k in kinds)
+            return Resident(*(k.num_pages for k in kinds)) if is_all else Resident(*found)
 
         low, high = 0, self.numel
         while low < high:

@@ -306,6 +306,14 @@ class PageRows:
         found._stop = self._start + (last - self.first_row) * self._row_numel
         return found
 
+    def _frozen(self, write: bool) -> Iterator[tuple[int, int, Tensor]]:
+        """(start, stop, weights in their own format) of rows without states."""
+        states = self._states
+        with states.weights(write=write) as weights:
+            for start, stop in states.ranges(self._start, self._stop, states.pages.weights):
+                at, count = weights.move(start), stop - start
+                yield start, stop, weights.field(states.precision, 0, at, count)
+
     def _rooms(self) -> Callable[[int], Room]:
         states = self._states
         made = functools.cache(lambda device: Room.of(2 * CHUNK, device))
@@ -314,6 +322,10 @@ class PageRows:
     def read(self) -> Tensor:
         out = torch.empty(self._stop - self._start)
         states, room_at = self._states, self._rooms()
+        if self._what == "frozen":
+            for start, stop, weight in self._frozen(write=False):
+                out[start - self._start : stop - self._start].copy_(weight)
+            return out.view(self.num_rows, *self.shape[1:])
         kinds = (states.pages.weights, states.pages.states)
         with states.weights() as weights, states.states() as opt:
             for start, stop in states.ranges(self._start, self._stop, *kinds):
@@ -334,6 +346,10 @@ class PageRows:
         values = rows.reshape(-1)
         assert values.numel() == self._stop - self._start, (rows.shape, self.shape, self.num_rows)
         states, room_at = self._states, self._rooms()
+        if self._what == "frozen":
+            for start, stop, weight in self._frozen(write=True):
+                weight.copy_(values[start - self._start : stop - self._start])
+            return
         kinds = (states.pages.weights, states.pages.states)
         with states.weights(write=True) as weights, states.states(write=True) as opt:
             for start, stop in states.ranges(self._start, self._stop, *kinds):

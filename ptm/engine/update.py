@@ -168,7 +168,7 @@ class Updater:
         streams = self._streams
         with streams.on(streams.update):
             streams.update.wait_event(asked)
-            for group in unit.groups:
+            for group in unit.trained:
                 if not self.states.is_resident(group.base, group.base + group.shard_numel):
                     asked.synchronize()
                 update_group(self.states, group, self.update, self._room_at, **values)
@@ -181,7 +181,9 @@ class Updater:
         need not be written when they leave memory. Its next gradients must not have landed."""
         if self.ahead is None:
             return
-        groups = self._units[name].groups
+        groups = self._units[name].trained
+        if not groups:
+            return
         start, stop = groups[0].base, groups[-1].base + groups[-1].shard_numel
         kind = self.states.pages.grads
         first, last = -(-start // kind.per_page), stop // kind.per_page

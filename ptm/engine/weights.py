@@ -61,6 +61,11 @@ class Gathered:
             self.offsets.append(start)
             start += group.numel
 
+    @property
+    def trained(self) -> list[tuple[Group, Slot, nn.Parameter]]:
+        """Those that have gradients."""
+        return [one for one in self.params if not one[0].is_frozen]
+
     def part(self, group: Group, frame: Tensor) -> Tensor:
         start = self.offsets[self.unit.groups.index(group)]
         return frame[start : start + group.numel]

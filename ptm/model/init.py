@@ -26,9 +26,14 @@ from ptm.model.config import ModelConfig
 def new_weight(config: ModelConfig, name: str, shape: Sequence[int], seed: int) -> Tensor:
     """The initial value of the parameter `name`, whole, fp32, on the CPU."""
     weight = torch.empty(tuple(shape), dtype=torch.float32)
-    if "norm" in name.split(".")[-2]:
+    if "norm" in name.split(".")[-2] and ".lora_" not in name:
         return weight.fill_(1.0)
     generator = torch.Generator().manual_seed(_seed_of(seed, name))
+    if ".lora_" in name:  # as PEFT begins: a change of nothing
+        if name.endswith("_B"):
+            return weight.zero_()
+        bound = 1.0 / math.sqrt(weight.shape[-1])
+        return weight.uniform_(-bound, bound, generator=generator)
     if ".lf_gate.conv" in name:
         # Both convolutions see two positions; the bias shares its weight's range.
         fan_in = 2 * config.hidden_size if ".conv1." in name else config.hidden_size

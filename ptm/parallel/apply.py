@@ -30,7 +30,9 @@ def units_of(model: Transformer) -> list[UnitSpec]:
     found: dict[str, list[Named]] = {"root": [], **{name: [] for name, _ in blocks}}
     for name, param in model.named_parameters():
         unit = next((block for block, _ in blocks if name.startswith(f"{block}.")), "root")
-        found[unit].append(Named(name, tuple(param.shape), ".experts." in name))
+        found[unit].append(
+            Named(name, tuple(param.shape), ".experts." in name, not param.requires_grad)
+        )
     modules = [("root", model.model.embed_tokens), *blocks]
     return [UnitSpec(name, module, found[name]) for name, module in modules]
 

@@ -42,7 +42,7 @@ def layout(job: Job) -> Layout:
     root, block, owned = _units(replace(model, num_hidden_layers=1), job.ranks, job.ep)
     layers = model.num_hidden_layers
     numel = max(r + layers * b for r, b in owned)
-    return Layout((root, *[block] * layers), numel)
+    return Layout((root, *[block] * layers), numel, numel)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -87,3 +87,21 @@ def test_a_missing_base_is_one_line(text: Path, cache: Path, tmp_path: Path) -> 
     assert done.returncode == 4
     assert "is not there, and fine-tuning starts from it" in done.stderr.splitlines()[-1]
     assert not (tmp_path / "run").exists()
+
+
+def test_lora_trains_the_adapter_only_and_resumes(
+    base: Path, text: Path, cache: Path, tmp_path: Path
+) -> None:
+    changes = {"adapter.kind": "lora", "adapter.targets": "[q,v,experts]", "train.lr": "1e-2"}
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    finish(runs.launch(2, words(whole, base, text, **changes), cache))
+    names = runs.digests(whole, STEPS)
+    assert names and all(".lora_" in name for name in names)  # no state of a frozen weight
+    log = runs.log(whole)
+    assert log[-1]["task_loss"] < json.loads((whole / "before.json").read_text())["task_loss"]
+    constant = {"train.schedule": "constant"}
+    for folder, stops in ((again, (4, STEPS)), (tmp_path / "straight", (STEPS,))):
+        for steps in stops:
+            more = changes | constant | {"train.steps": steps}
+            finish(runs.launch(2, words(folder, base, text, **more), cache))
+    assert runs.digests(again, STEPS) == runs.digests(tmp_path / "straight", STEPS)
