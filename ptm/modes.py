@@ -17,18 +17,35 @@ import torch
 
 from ptm.checkpoint.load_model import module_of
 from ptm.checkpoint.open_model import open_model
+from ptm.common.errors import RecipeError, line
+from ptm.data.chat import ChatTemplate
 from ptm.data.corpus import Corpus, Split
+from ptm.data.preferences import Maker, open_pairs, open_prompts
+from ptm.data.rewards import Rewarder
+from ptm.data.sft import chat_template
 from ptm.mesh.mesh import Mesh
 from ptm.mesh.peers import Peers
 from ptm.model.transformer import Transformer
-from ptm.parts import Batches, evaluate
+from ptm.parts import DTYPES, Batches, evaluate, say
+from ptm.policies import Pairs, Rollouts
 from ptm.recipe import Recipe
 from ptm.trainer.config import ObjectiveKind
 from ptm.trainer.loop import Batches as StepBatches
 from ptm.trainer.loop import Summary, per_token
 from ptm.trainer.metrics import Metrics
-from ptm.trainer.objectives import OBJECTIVES, REPLAY_METRICS, Objective, distilled, replaying
-from ptm.tuning import BeforeAfter, Replaying, Rows, Sft
+from ptm.trainer.objectives import (
+    OBJECTIVES,
+    PREFERENCE_METRICS,
+    REPLAY_METRICS,
+    ROLLOUT_METRICS,
+    Objective,
+    distilled,
+    per_rollout,
+    preferring,
+    replaying,
+    rewarded,
+)
+from ptm.tuning import BeforeAfter, Replaying, Rows, Sft, tokenizer_folder
 
 
 @dataclass(frozen=True)
@@ -163,7 +180,122 @@ def sft(setup: Setup) -> Mode:
     return with_replay(setup, mode, rows.learned)
 
 
+def _maker(setup: Setup, template: ChatTemplate, room: int) -> Maker:
+    return Maker(setup.corpus.tokenizer, template, room)
+
+
+def _base(setup: Setup, mode: ObjectiveKind) -> str:
+    """Where the run starts from. Raises: RecipeError where nothing is given."""
+    base = setup.recipe.train.init_from
+    if base is None:
+        rule = f"must name a model, as mode={mode} starts from one"
+        remedy = "run `ptm train recipe=m32_sft` and give runs/m32_sft-mini"
+        raise RecipeError(line("train.init_from", None, rule, remedy))
+    return base
+
+
+def preferences(setup: Setup) -> Mode:
+    """DPO; the reference is the initial weights' word on each pair."""
+    recipe, mesh, tokenizer = setup.recipe, setup.mesh, setup.corpus.tokenizer
+    base = _base(setup, ObjectiveKind.dpo)
+    config = recipe.dpo
+    with chat_template(recipe.sft, tokenizer, tokenizer_folder(base)) as template:
+        maker = _maker(setup, template, recipe.train.seq_len + 1)
+        sides = open_pairs(
+            config.source,
+            config.tasks,
+            config.task_rows,
+            recipe.data,
+            maker,
+            seed=recipe.train.seed,
+        )
+    pairs = Pairs(recipe, mesh, setup.model, sides, filler_id=tokenizer.eod_id)
+    setup.stack.callback(pairs.loader.close)
+    pairs.refer(is_new=setup.step == 0)
+    say(f"{len(sides.train):,} pairs, {len(pairs.held_out):,} held out")
+    text = setup.held_out_text()
+    both = BeforeAfter(
+        recipe.run_dir / "before.json",
+        lambda: text() | pairs.evaluate(),
+        {
+            "eval_accuracy": "pairs preferred as they should be, share",
+            "eval_margin": "margin",
+            "eval_bits_per_byte": "bits per byte of pretraining text",
+        },
+    )
+    both.begin(step=setup.step, is_main=mesh.is_main)
+    mode = Mode(
+        preferring(config),
+        pairs,
+        both.evaluate,
+        metric_names=PREFERENCE_METRICS,
+        best_key="eval_dpo_loss",
+        best_name="held-out loss of preferences",
+        finish=both.table,
+    )
+    return with_replay(setup, mode, lambda step: pairs.per_step)
+
+
+def rewards(setup: Setup) -> Mode:
+    """GRPO; rollouts through the weights that are trained."""
+    recipe, mesh, tokenizer = setup.recipe, setup.mesh, setup.corpus.tokenizer
+    base = _base(setup, ObjectiveKind.grpo)
+    config = recipe.grpo
+    room = recipe.train.seq_len + 1 - config.max_new_tokens
+    with chat_template(recipe.sft, tokenizer, tokenizer_folder(base)) as template:
+        maker = _maker(setup, template, room)
+        sides = open_prompts(
+            config.source,
+            config.tasks,
+            config.task_rows,
+            recipe.data,
+            maker,
+            seed=recipe.train.seed,
+        )
+    rewarder = setup.stack.enter_context(Rewarder(config.reward, timeout_s=config.reward_timeout_s))
+    reference = None
+    if config.kl_coef > 0:
+        weights = open_model(Path(base))._replace(model=recipe.model)
+        reference = module_of(weights, base, dtype=DTYPES[recipe.train.precision])
+        reference = reference.to(mesh.device).requires_grad_(False)
+    rollouts = Rollouts(
+        recipe,
+        mesh,
+        setup.model,
+        sides,
+        tokenizer=tokenizer,
+        rewarder=rewarder,
+        reference=reference,
+    )
+    setup.stack.callback(rollouts.loader.close)
+    say(f"{len(sides.train):,} prompts, {len(rollouts.held_out):,} held out")
+    text = setup.held_out_text()
+    both = BeforeAfter(
+        recipe.run_dir / "before.json",
+        lambda: text() | rollouts.evaluate(),
+        {
+            "eval_reward": "reward",
+            "eval_unended": "answers without an end, share",
+            "eval_bits_per_byte": "bits per byte of pretraining text",
+        },
+    )
+    both.begin(step=setup.step, is_main=mesh.is_main)
+    mode = Mode(
+        rewarded(config),
+        rollouts,
+        both.evaluate,
+        metric_names=ROLLOUT_METRICS,
+        summary=per_rollout,
+        best_key="eval_cost",
+        best_name="held-out reward, negated,",
+        finish=both.table,
+    )
+    return with_replay(setup, mode, rollouts.tokens)
+
+
 MODES: dict[ObjectiveKind, Callable[[Setup], Mode]] = {
     ObjectiveKind.pretrain: pretrain,
     ObjectiveKind.sft: sft,
+    ObjectiveKind.dpo: preferences,
+    ObjectiveKind.grpo: rewards,
 }

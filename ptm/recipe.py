@@ -41,6 +41,7 @@ from ptm.quant.config import QatConfig, QatGrid
 from ptm.recipe_files import RecipeFile, read_chain
 from ptm.trainer.config import ObjectiveKind, TrainConfig
 from ptm.trainer.metrics import LogConfig
+from ptm.trainer.policy_config import DpoConfig, GrpoConfig
 
 DEFAULT = "m32"
 
@@ -74,7 +75,8 @@ class Recipe:
     """auto: go on from the newest good checkpoint, if any; must: refuse without one; never: refuse
     a folder in use."""
     mode: ObjectiveKind = ObjectiveKind.pretrain
-    "What is trained on: pretrain, the text of data.source; sft, answers in conversations."
+    """What is trained on: pretrain, the text of data.source; sft, answers in conversations; dpo,
+    preferences between answers; grpo, answers that a reward scores."""
     dry_run: bool = False
     "Print the recipe, the plan and the memory table, then stop."
     run: RunConfig = RunConfig()
@@ -82,6 +84,8 @@ class Recipe:
     data: DataConfig = DataConfig()
     sft: SftConfig = SftConfig()
     adapter: AdapterConfig = AdapterConfig()
+    dpo: DpoConfig = DpoConfig()
+    grpo: GrpoConfig = GrpoConfig()
     train: TrainConfig = TrainConfig()
     qat: QatConfig = QatConfig()
     optim: OptimConfig = OptimConfig()

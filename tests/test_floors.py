@@ -34,6 +34,7 @@ ROOMS = {
         "build",
         "modes",
         "parts",
+        "policies",
         "tuning",
         "verbs",
         "verbs_export",

@@ -10,6 +10,8 @@ class ObjectiveKind(Choice):
 
     pretrain = "pretrain"
     sft = "sft"
+    dpo = "dpo"
+    grpo = "grpo"
 
 
 class Schedule(Choice):

@@ -14,7 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ptm.model.generate import recorded_routes
+from ptm.trainer import policy
 from ptm.trainer.config import ObjectiveKind
+from ptm.trainer.policy_config import DpoConfig, GrpoConfig
 
 
 class Loss(Protocol):
@@ -103,6 +106,110 @@ def replaying(objective: Objective) -> Objective:
         )
 
     return loss
+
+
+class PairBatch(NamedTuple):
+    """Chosen and rejected answers in turn, with their log-probabilities under the reference."""
+
+    batch: Any
+    reference_RL: Tensor
+
+
+PREFERENCE_METRICS: tuple[str, ...] = ("accuracy", "margin", "kl")
+
+
+def preferring(config: DpoConfig) -> Objective:
+    """DPO; counts pairs."""
+
+    def loss(model: Any, pairs: PairBatch) -> Loss:
+        found = policy.dpo(
+            model.log_probs(pairs.batch),
+            pairs.reference_RL,
+            pairs.batch.loss_mask,
+            beta=config.beta,
+            length_normalised=config.length_normalised,
+        )
+        right = (found.margins_P > 0).sum()
+        sums = (right, found.margins_P.detach().sum(), found.kl_P.detach().sum())
+        total = found.losses_P.sum()
+        count = torch.tensor(len(found.losses_P), device=total.device)
+        metrics = dict(zip(PREFERENCE_METRICS, sums))
+        return Sums(total.detach(), count, None, total, metrics)
+
+    return loss
+
+
+class GrpoBatch(NamedTuple):
+    """Whole groups of answers: rows, log-probabilities when drawn and under the reference,
+    advantages, the experts each token was sent to, and sums for the log."""
+
+    batch: Any
+    rollout_BL: Tensor
+    advantages_B: Tensor
+    reference_BL: Tensor | None
+    routes_BLNA: Tensor
+    metrics: Mapping[str, Tensor]
+
+
+ROLLOUT_METRICS: tuple[str, ...] = (
+    *("reward", "rows", "groups", "equal_groups", "unended", "reward_raised", "reward_hung"),
+    *("kl", "clipped", "log_ratio", "flipped", "routed"),
+)
+
+
+def rewarded(config: GrpoConfig) -> Objective:
+    """GRPO; counts tokens of answers."""
+
+    def loss(model: Any, rollout: GrpoBatch) -> Loss:
+        batch = rollout.batch
+        mask_BL = batch.loss_mask
+        with recorded_routes(model) as chosen:
+            log_probs_BL = model.log_probs(
+                batch,
+                temperature=config.temperature,
+                routes_BLNA=rollout.routes_BLNA if config.replay_routes else None,
+            )
+        found = policy.grpo(
+            log_probs_BL,
+            rollout.rollout_BL,
+            rollout.advantages_B,
+            mask_BL,
+            clip=config.clip,
+            kl_coef=config.kl_coef,
+            reference_BL=rollout.reference_BL,
+        )
+        own_BLNA = torch.stack([ids[0].view(*mask_BL.shape, -1) for ids in chosen], dim=2)
+        differ = own_BLNA.sort(-1).values != rollout.routes_BLNA.sort(-1).values
+        real = batch.document_ids >= 0
+        log_ratios = (log_probs_BL.detach() - rollout.rollout_BL).abs() * mask_BL
+        metrics = {
+            **rollout.metrics,
+            "kl": found.kl_BL.detach().sum(),
+            "clipped": found.clipped_BL.sum(),
+            "log_ratio": log_ratios.sum(),
+            "flipped": differ.any(-1)[real].sum(),
+            "routed": real.sum() * len(chosen),
+        }
+        total = found.losses_BL.sum()
+        return Sums(total.detach(), mask_BL.sum(), None, total, metrics)
+
+    return loss
+
+
+def per_rollout(sums: Mapping[str, float], tokens: int) -> Mapping[str, float]:
+    """A step's rollouts: reward and share of unended answers by answer, equal groups by group,
+    flipped routes by token and layer, failures of the reward as counts, the rest by token."""
+    rows, groups = max(sums["rows"], 1.0), max(sums["groups"], 1.0)
+    return {
+        "reward": sums["reward"] / rows,
+        "unended": sums["unended"] / rows,
+        "equal_groups": sums["equal_groups"] / groups,
+        "reward_raised": sums["reward_raised"],
+        "reward_hung": sums["reward_hung"],
+        "flipped_routes": sums["flipped"] / max(sums["routed"], 1.0),
+        "answer_tokens": tokens / rows,
+        **{name: sums[name] / max(tokens, 1) for name in ("kl", "clipped", "log_ratio")},
+    }
 
 
 OBJECTIVES: dict[ObjectiveKind, Objective] = {
