@@ -68,7 +68,7 @@ class Pairs:
         self.held_out: list[Pair] = sides.held_out[: recipe.dpo.eval_pairs]
         self.pairs = [*self.train, *self.held_out]
         self.micro = recipe.train.micro_batch_size // 2
-        self.reference = Reference(recipe.run_dir / "reference.npz", self.pairs)
+        self.reference = Reference(recipe.run_dir / "reference.f32", self.pairs)
         self.loader = Loader(
             Order(self.train, recipe.train.seed),  # type: ignore[arg-type]
             rows_per_step=self.per_step,

@@ -231,7 +231,7 @@ class Reference:
             for answer in (pair.chosen, pair.rejected):
                 digest.update(answer.tokens.tobytes())
                 digest.update(answer.learned.tobytes())
-        self.fingerprint = np.frombuffer(digest.digest(), np.uint8)
+        self.fingerprint = digest.digest()
         lengths = [len(a.tokens) - 1 for p in pairs for a in (p.chosen, p.rejected)]
         self.ends = np.cumsum([0, *lengths])
         self.values = np.zeros(int(self.ends[-1]), np.float32)
@@ -250,9 +250,10 @@ class Reference:
         return torch.from_numpy(out)
 
     def save(self) -> None:
+        """16 bytes that tell the pairs, then the values as fp32, little-endian."""
         beside = self.path.with_suffix(".tmp")
         with open(beside, "wb") as file:
-            np.savez(file, fingerprint=self.fingerprint, values=self.values)
+            file.write(self.fingerprint + self.values.astype("<f4").tobytes())
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, self.path)
@@ -261,11 +262,11 @@ class Reference:
         """Raises: CheckpointError where the file is missing or of other pairs."""
         remedy = "start a new run, as its weights are no longer the initial ones"
         try:
-            with np.load(self.path, allow_pickle=False) as found:
-                fingerprint, values = found["fingerprint"], found["values"]
-        except (OSError, ValueError, KeyError) as error:
-            rule = f"cannot be read ({type(error).__name__})"
+            content = self.path.read_bytes()
+        except OSError as error:
+            rule = f"cannot be read ({error.strerror})"
             raise CheckpointError(line("reference", self.path, rule, remedy)) from error
-        if not np.array_equal(fingerprint, self.fingerprint) or values.shape != self.values.shape:
+        size = len(self.fingerprint)
+        if content[:size] != self.fingerprint or len(content) != size + 4 * len(self.values):
             raise CheckpointError(line("reference", self.path, "is of other pairs", remedy))
-        self.values = values
+        self.values = np.frombuffer(content, "<f4", offset=size).copy()
