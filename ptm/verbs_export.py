@@ -26,7 +26,7 @@ from ptm.export.config import ExportConfig, ExportFormat, Fp6, Method, VerifyCon
 from ptm.export.m32 import M32
 from ptm.export.ordinary import OrdinaryWalk
 from ptm.export.ordinary_config import is_ordinary
-from ptm.export.plot import errors_svg
+from ptm.export.plot import bits_svg, errors_svg
 from ptm.export.walk import Walk
 from ptm.recipe import load_recipe
 from ptm.trainer.config import Precision
@@ -60,6 +60,9 @@ def export(job: ExportConfig | VerifyConfig) -> None:
 
         out, records = quantize.export(job, walk, rows_of, advance, bits)
     print_export(console, out, records)
+    if bits is not None:
+        (out / "bits.svg").write_text(bits_svg(bits))
+        console.print(f"bits of each linear: {out / 'bits.svg'}", soft_wrap=True, markup=False)
 
 
 SENSITIVITY_ROWS = 16
@@ -83,7 +86,7 @@ def _chosen_bits(job: ExportConfig, walk: Walk, folder: Path, console: Console) 
         def advance(name: str) -> None:
             progress.update(task, advance=1, description=name.removeprefix("model."))
 
-        costs = allocate.measure(model, linears, grids, ids, documents, advance)
+        costs = allocate.measure(model, linears, grids, job.format, ids, documents, advance)
     try:
         bits = allocate.choose_bits(costs, budget)
     except ValueError as error:

@@ -21,7 +21,9 @@ import torch
 from torch import Tensor
 
 from ptm.export.card import kind_of
+from ptm.export.config import ExportFormat
 from ptm.export.quantize import BF16
+from ptm.export.size import stored_bytes
 from ptm.export.verify import parameter_of
 from ptm.model.transformer import Transformer
 from ptm.quant.grid import Grid, Quantized, round_to_nearest
@@ -70,13 +72,15 @@ def measure(
     model: Transformer,
     linears: Mapping[str, tuple[int, int]],
     grids: Mapping[int, Grid],
+    format: ExportFormat,
     ids_BL: Tensor,
     documents_BL: Tensor,
     advance: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Cost]:
     """The costs of all linears; the model is as it was afterwards.
 
-    grids: bits -> grid. One forward for each layer, kind and grid; `advance` hears of each.
+    grids: bits -> grid; sizes are those in files of `format`, scales and all. One forward for
+    each layer, kind and grid; `advance` hears of each.
     """
     groups: dict[str, list[str]] = {}
     for name in linears:
@@ -88,7 +92,7 @@ def measure(
     model.eval()
     found: dict[str, Cost] = {}
     for names in groups.values():
-        whole, shares, sizes = {}, {}, {}
+        whole, shares = {}, {}
         for bits, grid in grids.items():
             kept, errors = {}, {}
             for name in names:
@@ -96,7 +100,6 @@ def measure(
                 kept[name] = weight.clone()
                 codes = round_to_nearest(weight.float(), grid)
                 errors[name] = _error(weight, codes) * _tokens(name, tokens_LE)
-                sizes.setdefault(name, {})[bits] = codes.size_bytes
                 weight.copy_(codes.dequantize())
             log_p = _log_p(model, ids_BL, documents_BL)
             whole[bits] = float((base.exp() * (base - log_p)).sum(-1).mean().clamp(min=0))
@@ -108,7 +111,8 @@ def measure(
         for name in names:
             kl = {bits: whole[bits] * shares[bits][name] for bits in grids}
             outputs, inputs = linears[name]
-            size = {**sizes[name], BF16: 2 * outputs * inputs}
+            size = {b: stored_bytes(outputs, inputs, g, format) for b, g in grids.items()}
+            size[BF16] = 2 * outputs * inputs
             found[name] = Cost({**kl, BF16: 0.0}, size)
     return found
 

@@ -1,4 +1,4 @@
-"""A drawing of errors by layer: one panel a kind of linear, one line an export, log scale."""
+"""Drawings: errors by layer, a panel a kind of linear, a line an export, log scale; and bits."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 from xml.sax.saxutils import escape
 
 WIDTH, HEIGHT, PAD = 260, 150, 34
+SHADES = {4: "#c6dbef", 8: "#4292c6", 16: "#08306b"}
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd")
 
 
@@ -33,6 +34,36 @@ def errors_svg(rows: Sequence[Mapping[str, Any]], exports: Sequence[str], kind_o
     for i, export in enumerate(exports):
         at = f'x="{PAD + 140 * i}" y="{height - 10}"'
         parts.append(f'<text {at} fill="{COLOURS[i % 4]}">{escape(export)}</text>')
+    return "\n".join([*parts, "</svg>\n"])
+
+
+def bits_svg(bits: Mapping[str, int]) -> str:
+    """One row of cells a layer, one cell a linear (model.layers.N. ...), darker with more bits."""
+    layers: dict[int, list[tuple[str, int]]] = {}
+    for name, count in bits.items():
+        layers.setdefault(int(name.split(".")[2]), []).append((name, count))
+    cell, left, top = 9, 60, 28
+    wide = left + cell * max(map(len, layers.values())) + 10
+    tall = top + 14 * len(layers) + 26
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{wide}" height="{tall}" '
+        f'font-family="sans-serif" font-size="10"><rect width="{wide}" height="{tall}" '
+        'fill="white"/><text x="4" y="16" font-weight="bold">bits of each linear</text>'
+    ]
+    for i, (layer, row) in enumerate(sorted(layers.items())):
+        y = top + 14 * i
+        parts.append(f'<text x="4" y="{y + 10}">layer {layer}</text>')
+        for j, (name, count) in enumerate(row):
+            parts.append(
+                f'<rect x="{left + cell * j}" y="{y}" width="{cell - 1}" height="12" '
+                f'fill="{SHADES[count]}"><title>{escape(name)}: {count}</title></rect>'
+            )
+    for i, (count, shade) in enumerate(SHADES.items()):
+        x = left + 40 * i
+        parts.append(
+            f'<rect x="{x}" y="{tall - 18}" width="10" height="10" fill="{shade}"/>'
+            f'<text x="{x + 14}" y="{tall - 9}">{count}</text>'
+        )
     return "\n".join([*parts, "</svg>\n"])
 
 
