@@ -241,11 +241,21 @@ def _values(kind: GridKind) -> Tensor:
 
 
 def _nearest_fp6(ratio: Tensor, kind: GridKind) -> Tensor:
-    """Codes of the nearest values; of two equally near the even code; 0 is never negative."""
-    positive = _values(kind)[: 2**5].to(ratio.device)
-    between = (positive[1:] + positive[:-1]) / 2
+    """Codes of the nearest values; of two equally near the even code; 0 is never negative.
+
+    In the binade of |ratio| (the lowest normal one below it too) values are whole multiples of a
+    step, and counting steps on from there gives the code: rounding is that of whole numbers.
+    """
+    exponent_bits, mantissa_bits, bias = _FP6[kind]
     size = ratio.abs()
-    low = torch.searchsorted(between, size)
-    high = torch.searchsorted(between, size, right=True)
-    code = torch.where(low % 2 == 0, low, high)
+    lowest, highest = 1 - bias, 2**exponent_bits - 1 - bias
+    binade = (size.clamp(min=2.0**lowest).frexp().exponent - 1).clamp_(max=highest)
+    steps = size * _power_of_two(mantissa_bits - binade)
+    code = steps.round_().to(torch.int32) + (binade + bias - 1 << mantissa_bits)
+    code = code.clamp_(max=2**5 - 1)
     return torch.where((ratio < 0) & (code > 0), code + 2**5, code).to(torch.uint8)
+
+
+def _power_of_two(exponent: Tensor) -> Tensor:
+    """Exact 2^exponent in fp32, of int32 exponents in the normal range."""
+    return (exponent + 127 << 23).view(torch.float32)
