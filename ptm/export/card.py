@@ -65,13 +65,16 @@ def model_card(
     config: ExportConfig, num_parameters: int, records: Sequence[Found], size_bytes: int
 ) -> str:
     how = "GPTQ" if config.method is Method.gptq else "rounding to nearest"
+    if config.method is Method.trained:
+        how = "training on that grid"
+    bits = str(config.width) if config.size is None else "4, 8 or 16"
     lines = [
         "---",
         "library_name: ptm",
-        f"tags: [{config.format}, {config.width}-bit, moe]",
+        f"tags: [{config.format}, {'mixed' if config.size else f'{config.width}-bit'}, moe]",
         "---",
         "",
-        f"{num_parameters:,} parameters in {format_bytes(size_bytes)}: {config.width} bits, "
+        f"{num_parameters:,} parameters in {format_bytes(size_bytes)}: {bits} bits, "
         f"groups of {config.group or 'a row'}, by {how}; "
         "everything else in 16 bits.",
         "",
