@@ -35,7 +35,7 @@ from ptm.model.init import new_weight
 from ptm.model.lora import add_lora, use_lora
 from ptm.model.lora_config import AdapterKind
 from ptm.model.transformer import Transformer
-from ptm.optim.adamw import adamw
+from ptm.optim.adamw import AdamW
 from ptm.parallel.adapters import adapted_engine
 from ptm.parallel.apply import materialize_buffers, put_on_grid, share_experts, units_of
 from ptm.parallel.recompute import recompute_blocks
@@ -108,7 +108,7 @@ def build_model(
         config=recipe.engine,
         zero=zero,
         dtype=dtype,
-        update=functools.partial(adamw, config=recipe.optim),
+        update=AdamW(recipe.optim),
         clip=recipe.train.clip,
         num_exact=recipe.train.warmup_steps,
         open_tiers=TierOpener(

@@ -32,6 +32,7 @@ from ptm.engine.layout import ALIGN, Group, Kind, PageMap, Resident, Slot
 from ptm.engine.split import join, split
 from ptm.engine.state import stored_shape
 from ptm.engine.stream import CHUNK, HOST, Event, Streams
+from ptm.kernels.adamw import Stored
 
 
 class Store(Protocol):
@@ -227,6 +228,19 @@ class PagedStates:
         split(master, near, states.field(torch.int16, self.at_rest, states.move(at), count))
         if not is_there:
             weight.copy_(near)
+
+    def stored(self, weights: Cursor, states: Cursor, at: int, count: int) -> Stored | None:
+        """A chunk as it is in its pages; None where its weights and states are in two memories."""
+        weight = weights.field(self.precision, 0, weights.move(at), count)
+        offset = states.move(at)
+        if weights.on_device != states.on_device:
+            return None
+        rest = states.field(torch.int16, self.at_rest, offset, count) if self.is_split else None
+        if not self.is_int8:
+            avg, sq = (states.field(torch.float32, b, offset, count) for b in (0, self.at_sq))
+            return Stored(weight, rest, avg, sq)
+        (avg, by_avg), (sq, by_sq) = (self._codes(states, i, offset, count) for i in (0, 1))
+        return Stored(weight, rest, avg, sq, (by_avg, by_sq))
 
     def moments(self, states: Cursor, at: int, count: int, room: Moments) -> Moments:
         """fp32 moments of a chunk: views of the page, or made in `room` from int8."""

@@ -6,6 +6,8 @@
         update(master, gradient, moments)      the recipe's rule, a pure function
         weight, rest = split(master)
 
+Where the rule has a `sweep`, that does all of it in one visit of the page, with the same bits.
+
 Units are updated in the order in which the next forward needs them, and a gather waits for its own
 unit only, so the update hides behind data loading, the evaluation's start and the forward of
 earlier units. Nothing in the result depends on when it ran.
@@ -33,7 +35,8 @@ from ptm.engine.stream import CHUNK, HOST, Event
 
 Update = Callable[..., None]
 """`update(param, grad=, exp_avg=, exp_avg_sq=, step=, lr=, decay=, last_lr=)` on flat fp32
-ranges; optim.adamw is one."""
+ranges; optim.adamw is one. It may have a `sweep(stored, grad, scale=, step=, lr=, middle=,
+last_lr=) -> bool` besides, as optim.AdamW has."""
 
 
 @torch.no_grad()
@@ -49,7 +52,7 @@ def update_group(
     last_lr: float | None = None,
 ) -> None:
     """One update of this rank's shard of a group from the gradient sums in its pages."""
-    pages = states.pages
+    pages, sweep = states.pages, getattr(update, "sweep", None)
     first, last = group.base, group.base + group.shard_numel
     matrices = max((slot.stop for slot in group.slots if slot.decays), default=0)
     boundary = group.flat(min(max(matrices, group.first), group.last))
@@ -62,10 +65,14 @@ def update_group(
         for start, stop in states.ranges(first, last, *kinds, wide=True):
             count, room = stop - start, room_at(start)
             grad = states.gradient(grads, start, count)
+            middle = min(max(boundary, start), stop) - start
+            if sweep is not None and (stored := states.stored(weights, opt, start, count)):
+                values = {"scale": scale, "step": step, "lr": lr, "last_lr": last_lr}
+                if sweep(stored, grad, middle=middle, **values):
+                    continue
             grad = torch.mul(grad, scale, out=room.grad[:count])
             master = states.master(weights, opt, start, count, room.master)
             moments = states.moments(opt, start, count, room.moments)
-            middle = min(max(boundary, start), stop) - start
             for part, decay in ((slice(0, middle), True), (slice(middle, count), False)):
                 if part.stop > part.start:
                     update(

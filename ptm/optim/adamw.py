@@ -7,14 +7,61 @@ unfused, engine spec). Source: Loshchilov and Hutter, arXiv 1711.05101.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw as torch_adamw
 
+from ptm.kernels.adamw import Stored, adamw_page, serves
 from ptm.optim.config import OptimConfig
 
 STATE_BYTES = 8
 """Bytes of moments per parameter (two fp32)."""
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """The rule with its settings: called it is `adamw`, on fp32 ranges."""
+
+    config: OptimConfig
+
+    def __call__(self, param: Tensor, **values: Any) -> None:
+        adamw(param, config=self.config, **values)
+
+    def sweep(
+        self,
+        stored: Stored,
+        grad: Tensor,
+        *,
+        scale: float,
+        step: int,
+        lr: float,
+        middle: int,
+        last_lr: float | None = None,
+    ) -> bool:
+        """The same update of a range as pages hold it, in one visit of memory; False, and nothing
+        done, where no kernel serves or its bits would be others. Elements from `middle` on have no
+        decay."""
+        # Elsewhere the rule takes roots that the kernel rounds otherwise (ptm/kernels/adamw.py).
+        is_exact = stored.scales is None and last_lr is None
+        if not is_exact or not serves(stored, grad):
+            return False
+        config = self.config
+        adamw_page(
+            stored,
+            grad,
+            scale=scale,
+            step=step,
+            lr=lr,
+            betas=(config.beta1, config.beta2),
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            middle=middle,
+            last_lr=last_lr,
+        )
+        return True
 
 
 def adamw(

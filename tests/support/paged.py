@@ -1,6 +1,5 @@
 """Small paged engines, and the numbers of one process that they must come to."""
 
-import functools
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from ptm.mesh.peers import Peers
 from ptm.model.config import ModelConfig
 from ptm.model.init import new_weight
 from ptm.model.transformer import Transformer
-from ptm.optim.adamw import adamw
+from ptm.optim.adamw import AdamW
 from ptm.optim.config import OptimConfig
 from ptm.parallel.apply import materialize_buffers, share_experts, units_of
 from ptm.parallel.recompute import recompute_blocks
@@ -126,7 +125,7 @@ def make_engine(
         config=config,
         zero=zero,
         dtype=dtype,
-        update=functools.partial(adamw, config=OPTIM),
+        update=AdamW(OPTIM),
         clip=clip,
         num_exact=num_exact,
         open_tiers=open_tiers,
