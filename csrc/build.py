@@ -49,9 +49,10 @@ CUDA_FLAGS = [
 ]  # fmt: skip
 
 
-def build(target: Path, *, sanitize: str = "") -> list[Path]:
+def build(target: Path, *, sanitize: str = "", ops: Sequence[str] = ()) -> list[Path]:
     """Build the libraries into the folder `target`; returns them, none where there is no compiler.
 
+    ops: folders to take, of all; watched code of the large products takes minutes to compile.
     Raises: SystemExit with the compiler's words where a source does not compile.
     """
     compiler = _compiler()
@@ -68,7 +69,7 @@ def build(target: Path, *, sanitize: str = "") -> list[Path]:
                 _say(f"{compiler[0]} does not know {isa}: built without")
             continue
         for source in sorted(CSRC.glob("*/*.cpp")):
-            if isa in _isas_of(source):
+            if isa in _isas_of(source) and (not ops or source.parent.name in ops):
                 # Its own names: the linker merges inline functions and templates of one name, also
                 # where their code differs (another instruction set, another op).
                 names = f"-DPTM_NAMESPACE=ptm_{source.parent.name}_{source.stem}_{isa}"

@@ -12,13 +12,14 @@ from ptm.common import env
 from tests.support.native import needs_library
 
 ROOT = Path(__file__).resolve().parents[2]
-WATCHED = ["rmsnorm", "rope", "router"]
+WATCHED = ["rmsnorm", "rope", "router", "adamw"]
 
 BUILD = """
 import sys
 sys.path.insert(0, "csrc")
 import build
-build.build(__import__("pathlib").Path(sys.argv[1]), sanitize="address,undefined")
+ops = ["common", "roofline", *sys.argv[2:]]
+build.build(__import__("pathlib").Path(sys.argv[1]), sanitize="address,undefined", ops=ops)
 """
 RUN = """
 import sys
@@ -52,7 +53,8 @@ def preload() -> str:
 def test_no_kernel_leaves_its_memory(tmp_path):
     if not Path(preload()).is_absolute():
         pytest.skip("this g++ has no libasan")
-    subprocess.run([sys.executable, "-c", BUILD, tmp_path], cwd=ROOT, check=True, timeout=300)
+    command = [sys.executable, "-c", BUILD, tmp_path, *WATCHED]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=600)
     variables = env.child(
         LD_PRELOAD=preload(),
         ASAN_OPTIONS="detect_leaks=0:halt_on_error=1",
