@@ -23,9 +23,9 @@ GRIDS = (Grid(GridKind.int4), Grid(GridKind.fp6_e2m3), Grid(GridKind.int8, 0))
 def wq_linear_cases() -> Iterator[Case]:
     """A linear of the published size: one row, whose time is that of reading weights, and 512."""
     w_NK = torch.randn(OUTPUTS, INPUTS, generator=torch.Generator().manual_seed(0))
-    plain = _cold([w_NK.bfloat16()], OUTPUTS * INPUTS * 2)
     for grid in GRIDS:
         q = round_to_nearest(w_NK, grid)
+        plain = _cold([q.dequantize().bfloat16()], OUTPUTS * INPUTS * 2)
         values = None if grid.is_int else grid.values()
         packed = pack(q.codes_NK, q.scale_NG, bits=grid.bits, group=grid.group, values=values)
         weights = [packed, *(_copy(packed) for _ in range(int(COLD_BYTES / packed.size_bytes)))]
