@@ -55,9 +55,11 @@ def switched(monkeypatch, **switches: str):
 @needs_library
 def test_the_head_of_a_run_says_who_serves():
     with native.forced("portable"):
-        assert native.summary("cpu").startswith("kernels: portable: add_rmsnorm")
+        assert "kernels: portable: " in native.summary("cpu") and "add_rmsnorm" in native.summary(
+            "cpu"
+        )
     with native.forced(None):
-        assert native.summary("cpu").startswith("kernels: reference: add_rmsnorm")
+        assert native.summary("cpu") == f"kernels: reference: {', '.join(sorted(native.table()))}"
     assert set(native.table("cuda").values()) == {"reference"}
 
 
