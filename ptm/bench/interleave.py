@@ -34,6 +34,7 @@ from rich.progress import (
 )
 
 from ptm.common import env
+from ptm.common.agent import stop_with_parent
 
 POLL_S = 0.05
 END_S = 40.0  # torchrun gives its ranks 30
@@ -177,6 +178,7 @@ class Running:
                 stderr=subprocess.STDOUT,
                 env=env.child(**variables),
                 start_new_session=True,
+                preexec_fn=stop_with_parent,  # a bench that is killed leaves no ranks behind
             )
 
     def turn(self, number: int, timeout_s: float) -> dict[str, Any]:

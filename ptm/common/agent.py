@@ -52,9 +52,15 @@ def _no_backend(params: Any) -> NoReturn:
 def stop_with_agent() -> None:
     """Have the kernel send this rank SIGTERM when its agent dies: it saves and leaves, no orphan.
 
-    For ranks of torchrun, on Linux; elsewhere it does nothing.
+    For ranks of torchrun; elsewhere it does nothing.
     """
-    if env.under_torchrun() and sys.platform == "linux":
+    if env.under_torchrun():
+        stop_with_parent()
+
+
+def stop_with_parent() -> None:
+    """Have the kernel send this process SIGTERM when the one that started it dies, on Linux."""
+    if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 

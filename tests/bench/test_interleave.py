@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -23,6 +26,8 @@ from ptm.recipe import load_recipe
 from ptm.verbs import recipe_words
 from tests.support.processes import ptm
 from tests.support.tiny import tiny_config
+
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 
 def one(tokens: float, seconds: float, wire: int = 30) -> dict:
@@ -111,10 +116,24 @@ def test_a_contestant_that_fails_says_why_and_nobody_stays(tmp_path: Path) -> No
     )
     assert result.error is not None and "engine.kind=paged" in result.error
     assert result.version == f"torch {torch.__version__}"
-    deadline = time.monotonic() + 10
-    while _running(tmp_path) and time.monotonic() < deadline:
+    _until(lambda: not _running(tmp_path), 10)
+
+
+@pytest.mark.slow
+def test_a_bench_that_is_killed_leaves_no_ranks(tmp_path: Path) -> None:
+    words = f"model.scale=debug ranks=2 rounds=1000 out={tmp_path / 'o'}".split()
+    bench = subprocess.Popen([sys.executable, "-m", "ptm", "bench", "wire", *words], cwd=tmp_path)
+    _until(lambda: list(tmp_path.glob("o/**/turn-0-1.json")), 120)
+    bench.kill()
+    bench.wait()
+    _until(lambda: not _running(tmp_path), 45)  # torchrun gives its ranks 30
+
+
+def _until(happened: Callable[[], object], timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not happened():
+        assert time.monotonic() < deadline
         time.sleep(0.1)
-    assert not _running(tmp_path)
 
 
 def _running(folder: Path) -> list[int]:
@@ -134,7 +153,7 @@ def test_help_lists_the_keys(name: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_engines_side_by_side(tmp_path: Path) -> None:
     words = "model.scale=debug rounds=2 round_steps=1 warmup=2 out=o json=found.json"
-    ended = ptm("bench", "engines", *words.split(), cwd=tmp_path, env={"OMP_NUM_THREADS": "1"})
+    ended = ptm("bench", "engines", *words.split(), cwd=tmp_path, env=ONE_THREAD)
     assert ended.code == 0, ended.err
     rows = {row["name"]: row for row in json.loads((tmp_path / "found.json").read_text())["rows"]}
     for name in ("paged", "fsdp", "fsdp stock", "deepspeed"):
@@ -144,12 +163,10 @@ def test_engines_side_by_side(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["paged", "fsdp"])
-def test_a_step_sends_what_the_ledger_says(kind: str, tmp_path: Path) -> None:
-    words = (
-        f"engine.kind={kind} model.scale=debug rounds=2 round_steps=2 warmup=1 json=w.json out=o"
-    )
-    ended = ptm("bench", "wire", *words.split(), cwd=tmp_path, env={"OMP_NUM_THREADS": "1"})
+@pytest.mark.parametrize("engine", ["kind=paged", "kind=fsdp", "ep=2"])
+def test_a_step_sends_what_the_ledger_says(engine: str, tmp_path: Path) -> None:
+    words = f"engine.{engine} model.scale=debug rounds=2 round_steps=2 warmup=1 json=w.json out=o"
+    ended = ptm("bench", "wire", *words.split(), cwd=tmp_path, env=ONE_THREAD)
     assert ended.code == 0, ended.err
     found = json.loads((tmp_path / "w.json").read_text())
     (row,) = found["rows"]

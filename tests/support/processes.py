@@ -37,7 +37,7 @@ def run_process(
     *,
     cwd: Path,
     env: Variables | None = None,
-    timeout_s: float = 60.0,
+    timeout_s: float = 180.0,
 ) -> Ended:
     """Run `command` with this checkout's ptm; killed with its children after `timeout_s` (-9)."""
     started = time.monotonic()
