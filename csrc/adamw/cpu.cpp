@@ -1,4 +1,4 @@
-// isa: portable avx512
+// isa: portable avx2 avx512
 // AdamW over a range of a page in one visit: the gradient's sum of squares, its scaling, masters
 // from weights and rests, moments from codes, the update, and all of them stored again.
 //
@@ -31,6 +31,8 @@ PTM_INLINE vf kept(vf x) {
 PTM_INLINE vf fused(vf a, vf b, vf c) {  // a * b + c, rounded once
 #if PTM_ISA_AVX512
   return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif PTM_ISA_AVX2
+  return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 #else
   vd product = __builtin_convertvector(a, vd) * __builtin_convertvector(b, vd);
   return __builtin_convertvector(product + __builtin_convertvector(c, vd), vf);
@@ -39,6 +41,8 @@ PTM_INLINE vf fused(vf a, vf b, vf c) {  // a * b + c, rounded once
 PTM_INLINE vf root(vf x) {
 #if PTM_ISA_AVX512
   return (vf)_mm512_sqrt_ps((__m512)x);
+#elif PTM_ISA_AVX2
+  return (vf)_mm256_sqrt_ps((__m256)x);
 #else
   for (int i = 0; i < W; i++) x[i] = __builtin_sqrtf(x[i]);
   return x;

@@ -1,4 +1,4 @@
-// What this CPU and its kernel can do: 0 portable, 1 avx512, 2 amx (the order of ptm.h).
+// What this CPU and its kernel can do: 0 portable, 1 avx2, 2 avx512, 3 amx (the order of ptm.h).
 #include "ptm.h"
 
 #include <initializer_list>
@@ -35,16 +35,21 @@ bool tiles_granted() {
 }
 
 int detect() {
+  const int PORTABLE = 0, AVX2 = 1, AVX512 = 2, AMX = 3;
   uint32_t a, b, c, d;
-  if (!__get_cpuid(1, &a, &b, &c, &d) || !all(c, {12, 27})) return 0;  // FMA, OSXSAVE
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
+  if (!__get_cpuid(0x80000001, &a, &b, &c, &d) || !all(c, {5})) return PORTABLE;  // LZCNT
+  if (!__get_cpuid(1, &a, &b, &c, &d) || !all(c, {12, 22, 27, 28, 29}))
+    return PORTABLE;  // FMA, MOVBE, OSXSAVE, AVX, F16C
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !all(b, {3, 5, 8}))
+    return PORTABLE;  // BMI1, AVX2, BMI2
   uint64_t saved = saved_state();
-  bool f_bw_dq_vl_cd = all(b, {3, 5, 8, 16, 17, 28, 30, 31});  // with BMI1, AVX2, BMI2
+  if ((saved & 6) != 6) return PORTABLE;
+  bool f_dq_cd_bw_vl = all(b, {16, 17, 28, 30, 31});
   bool vbmi_vnni = all(c, {1, 11});
   bool has_tiles = all(d, {22, 24, 25});  // AMX bf16, tile, int8
-  if (!f_bw_dq_vl_cd || !vbmi_vnni || (saved & 0xe6) != 0xe6) return 0;
-  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !all(a, {5})) return 0;  // AVX-512 BF16
-  return has_tiles && (saved & 0x60000) == 0x60000 && tiles_granted() ? 2 : 1;
+  if (!f_dq_cd_bw_vl || !vbmi_vnni || (saved & 0xe6) != 0xe6) return AVX2;
+  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !all(a, {5})) return AVX2;  // AVX-512 BF16
+  return has_tiles && (saved & 0x60000) == 0x60000 && tiles_granted() ? AMX : AVX512;
 }
 
 }  // namespace

@@ -1,17 +1,19 @@
 // Vectors of fp32 as wide as the instruction set has them, by the compiler's vector extension: the
-// same source serves SSE, NEON and AVX-512. Loads and stores take fp32 or bf16 rows of any
+// same source serves SSE, NEON, AVX2 and AVX-512. Loads and stores take fp32 or bf16 rows of any
 // alignment; `n` < W names a ragged end.
 #pragma once
 
 #include "ptm.h"
 
-#if PTM_ISA_AVX512
+#if PTM_ISA_AVX2
 #include <immintrin.h>
+#elif defined(__SSE4_1__)
+#include <smmintrin.h>
 #endif
 
 namespace PTM_NAMESPACE {
 
-constexpr int W = PTM_ISA_AVX512 ? 16 : 4;
+constexpr int W = PTM_ISA_AVX512 ? 16 : PTM_ISA_AVX2 ? 8 : 4;
 typedef float vf __attribute__((vector_size(4 * W)));
 typedef int32_t vi __attribute__((vector_size(4 * W)));
 typedef uint32_t vu __attribute__((vector_size(4 * W)));
@@ -28,19 +30,43 @@ PTM_INLINE vf load(const float* p) {
 }
 PTM_INLINE void store(float* p, vf x) { memcpy(p, &x, sizeof x); }
 
-// Round to nearest, ties to even; a NaN stays one. AVX-512's instruction makes numbers below 1.2e-38
-// zero, which the other path keeps.
+// The lower halves of words whose upper halves are 0; the compiler's own conversion takes a dozen
+// instructions for it.
+PTM_INLINE vh halves(vu x) {
+#if PTM_ISA_AVX2 && !PTM_ISA_AVX512
+  __m256i both = _mm256_packus_epi32((__m256i)x, (__m256i)x);
+  return (vh)_mm256_castsi256_si128(_mm256_permute4x64_epi64(both, 0x08));
+#elif defined(__SSE4_1__) && !PTM_ISA_AVX2
+  __m128i both = _mm_packus_epi32((__m128i)x, (__m128i)x);
+  vh low;
+  memcpy(&low, &both, sizeof low);
+  return low;
+#else
+  return __builtin_convertvector(x, vh);
+#endif
+}
+
+// Round to nearest, ties to even; a NaN stays one. What counts is in the upper halves of the words.
+PTM_INLINE vu near(vf x) {
+  vu bits = (vu)x;
+  return x != x ? bits | 0x400000u : bits + 0x7fffu + ((bits >> 16) & 1);
+}
+
+// AVX-512's instruction makes numbers below 1.2e-38 zero, which the other path keeps.
 PTM_INLINE vh rounded(vf x) {
 #if PTM_ISA_AVX512
   return (vh)_mm512_cvtneps_pbh((__m512)x);
 #else
-  vu bits = (vu)x;
-  vu near = (bits + 0x7fffu + ((bits >> 16) & 1)) >> 16;
-  vu is_nan = (vu)((bits & 0x7fffffffu) > 0x7f800000u);
-  return __builtin_convertvector((near & ~is_nan) | (((bits >> 16) | 0x40) & is_nan), vh);
+  return halves(near(x) >> 16);
 #endif
 }
-PTM_INLINE vf widened(vh half) { return (vf)(__builtin_convertvector(half, vu) << 16); }
+PTM_INLINE vf widened(vh half) {
+#if PTM_ISA_AVX2 && !PTM_ISA_AVX512
+  return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)half), 16);
+#else
+  return (vf)(__builtin_convertvector(half, vu) << 16);
+#endif
+}
 PTM_INLINE vf load(const bf16* p) {
   vh half;
   memcpy(&half, p, sizeof half);
@@ -51,7 +77,13 @@ PTM_INLINE void store(bf16* p, vf x) {
   memcpy(p, &half, sizeof half);
 }
 // What a store in type T and a load would give back.
-PTM_INLINE vf as_stored(const bf16*, vf x) { return widened(rounded(x)); }
+PTM_INLINE vf as_stored(const bf16*, vf x) {
+#if PTM_ISA_AVX512
+  return widened(rounded(x));
+#else
+  return (vf)(near(x) & 0xffff0000u);
+#endif
+}
 PTM_INLINE vf as_stored(const float*, vf x) { return x; }
 
 // The first n of W; the others are 0.
@@ -71,6 +103,10 @@ PTM_INLINE void store(T* p, vf x, int64_t n) {
 PTM_INLINE float sum(vf x) {
 #if PTM_ISA_AVX512
   return _mm512_reduce_add_ps((__m512)x);
+#elif PTM_ISA_AVX2
+  __m128 four = _mm_add_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+  four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
 #else
   float total = 0;
   for (int i = 0; i < W; i++) total += x[i];

@@ -35,7 +35,7 @@ struct Part {
   Tiles tiles;
 #endif
   ~Part() {
-#if PTM_ISA_AVX512
+#if PTM_ISA_AVX2
     _mm_sfence();
 #endif
   }

@@ -8,7 +8,7 @@
 //   pair_rows    rows k, k+1 become one k pair of as many panels as they are wide: no transposition
 //   turned       the columns of a row-major matrix become A blocks
 //
-// Each has an AVX-512 form and a plain one with the same result.
+// Each has a form with AVX-512, most one with AVX2, and a plain one with the same result.
 #pragma once
 
 #include "../common/vec.h"
@@ -71,6 +71,49 @@ inline __m512i zipped(__m512 a, __m512 b) {
                   (__m512i)_mm512_cvtne2ps_pbh(b, a));
 }
 
+#else
+
+// Two rows of W floats, rounded: dwords (a[i], b[i])
+PTM_INLINE vu zipped(vf a, vf b) { return near(a) >> 16 | (near(b) & 0xffff0000u); }
+
+#if PTM_ISA_AVX2
+
+PTM_INLINE void transpose(__m256i r[8]) {  // of 8 x 8 dwords
+  __m256i t[8];
+  for (int i = 0; i < 4; i++) {
+    t[2 * i] = _mm256_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm256_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4)
+    for (int j = 0; j < 2; j++) {
+      r[i + 2 * j] = _mm256_unpacklo_epi64(t[i + j], t[i + j + 2]);
+      r[i + 2 * j + 1] = _mm256_unpackhi_epi64(t[i + j], t[i + j + 2]);
+    }
+  for (int i = 0; i < 4; i++) {
+    t[i] = _mm256_permute2x128_si256(r[i], r[i + 4], 0x20);
+    t[i + 4] = _mm256_permute2x128_si256(r[i], r[i + 4], 0x31);
+  }
+  for (int i = 0; i < 8; i++) r[i] = t[i];
+}
+
+PTM_INLINE void transpose(__m128i r[8]) {  // of 8 x 8 words of 16 bits
+  __m128i t[8];
+  for (int i = 0; i < 4; i++) {
+    t[2 * i] = _mm_unpacklo_epi16(r[i], r[i + 4]);
+    t[2 * i + 1] = _mm_unpackhi_epi16(r[i], r[i + 4]);
+  }
+  for (int i = 0; i < 4; i++) {
+    r[2 * i] = _mm_unpacklo_epi16(t[i], t[i + 4]);
+    r[2 * i + 1] = _mm_unpackhi_epi16(t[i], t[i + 4]);
+  }
+  for (int i = 0; i < 4; i++) {
+    t[2 * i] = _mm_unpacklo_epi16(r[i], r[i + 4]);
+    t[2 * i + 1] = _mm_unpackhi_epi16(r[i], r[i + 4]);
+  }
+  for (int i = 0; i < 8; i++) r[i] = t[i];
+}
+
+#endif
 #endif
 
 // 16 rows of k elements (a null row is zeros) -> one panel
@@ -102,6 +145,16 @@ inline void pair_rows(const bf16* a, const bf16* b, int64_t n, uint32_t* to, int
       upper);
     _mm512_store_si512(to, lower);
     _mm512_store_si512(to + stride, upper);
+#elif PTM_ISA_AVX2
+    for (int i = 0; i < 32; i += 16) {
+      const __m256i zero = _mm256_setzero_si256();
+      const __m256i even = a ? _mm256_loadu_si256((const __m256i*)(a + j + i)) : zero;
+      const __m256i odd = b ? _mm256_loadu_si256((const __m256i*)(b + j + i)) : zero;
+      const __m256i low = _mm256_unpacklo_epi16(even, odd), high = _mm256_unpackhi_epi16(even, odd);
+      __m256i* pair = (__m256i*)(to + i / 16 * stride);
+      _mm256_store_si256(pair, _mm256_permute2x128_si256(low, high, 0x20));
+      _mm256_store_si256(pair + 1, _mm256_permute2x128_si256(low, high, 0x31));
+    }
 #else
     for (int i = 0; i < 32; i++) {
       const uint32_t low = a ? a[j + i].bits : 0, high = b ? b[j + i].bits : 0;
@@ -126,6 +179,16 @@ inline void turned(const bf16* from, int64_t stride, int64_t k, bf16* to) {
       _mm512_store_si512(first + kStep * i, x[i]);
       _mm512_store_si512(second + kStep * i, y[i]);
     }
+#elif PTM_ISA_AVX2
+    for (int p = 0; p < 32; p += 8)
+      for (int i = 0; i < 32; i += 8) {
+        __m128i r[8];
+        for (int k = 0; k < 8; k++)
+          r[k] = _mm_loadu_si128((const __m128i*)(from + (j + p + k) * stride + i));
+        transpose(r);
+        bf16* block = (i < 16 ? first : second) + i % 16 * kStep + p;
+        for (int k = 0; k < 8; k++) _mm_store_si128((__m128i*)(block + k * kStep), r[k]);
+      }
 #else
     for (int p = 0; p < 32; p++)
       for (int i = 0; i < 16; i++) {

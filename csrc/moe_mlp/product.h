@@ -2,13 +2,16 @@
 //
 //   AMX        2 x 2 tiles: 4 of C stay in registers, each step of k loads 2 of A and 2 of B
 //   AVX-512    8 rows x 2 panels of C in registers, pairs of A broadcast (vdpbf16ps)
-//   portable   4 rows x 16 columns, widened by shifts
+//   else       rows in fp32, and a few of them at once x 16 columns, widened by shifts (multiply.h)
 #pragma once
 
 #include "../common/amx.h"
+#include "../common/multiply.h"
 #include "layout.h"
 
 namespace PTM_NAMESPACE {
+
+constexpr int64_t kDeep = 512;  // k of a product at most: its rows and columns fit in L1
 
 // C of a product: [half of A][half of B][row][column]
 struct alignas(64) Block {
@@ -33,10 +36,20 @@ struct Ahead {
   int64_t lines;
 };
 
+#if PTM_ISA_AVX512
+
+// A of a product, as the instruction set wants it
+struct Left {
+  RowsA rows;
+  void take(RowsA a, int64_t) { rows = a; }
+};
+
+#endif
+
 #if PTM_ISA_AMX
 
 template <class Between>
-inline void product(RowsA a, const uint32_t* b0, const uint32_t* b1, int64_t k, bool add,
+inline void product(const Left& left, const uint32_t* b0, const uint32_t* b1, int64_t k, bool add,
                     Block& out, Ahead ahead, Between between) {
   if (add) {
     _tile_loadd(0, out.c[0][0], 64);
@@ -49,6 +62,7 @@ inline void product(RowsA a, const uint32_t* b0, const uint32_t* b1, int64_t k, 
     _tile_zero(2);
     _tile_zero(3);
   }
+  const RowsA& a = left.rows;
   const bf16 *a0 = a.first, *a1 = a.second;
   const int64_t row_bytes = 2 * a.row;
   for (int64_t j = 0; j < k; j += kStep) {
@@ -81,8 +95,9 @@ inline void product(RowsA a, const uint32_t* b0, const uint32_t* b1, int64_t k, 
 #elif PTM_ISA_AVX512
 
 template <class Between>
-inline void product(RowsA a, const uint32_t* b0, const uint32_t* b1, int64_t k, bool add,
+inline void product(const Left& left, const uint32_t* b0, const uint32_t* b1, int64_t k, bool add,
                     Block& out, Ahead, Between) {
+  const RowsA& a = left.rows;
   for (int half = 0; half < 2; half++)
     for (int r0 = 0; r0 < 16; r0 += 8) {
       float(*c0)[16] = out.c[half][0] + r0, (*c1)[16] = out.c[half][1] + r0;
@@ -114,41 +129,26 @@ inline void product(RowsA a, const uint32_t* b0, const uint32_t* b1, int64_t k, 
 
 #else
 
-inline float wide(uint32_t upper_half) {
-  float x;
-  memcpy(&x, &upper_half, 4);
-  return x;
-}
+// In fp32, row by row; k at most kDeep
+struct Left {
+  alignas(64) float rows[32][kDeep + 16];
+
+  void take(RowsA a, int64_t k) {
+    for (int r = 0; r < 32; r++) {
+      const bf16* from = (r < 16 ? a.first : a.second) + r % 16 * a.row;
+      for (int64_t j = 0; j < k; j += kStep, from += a.step)
+        for (int i = 0; i < kStep; i += W) store(rows[r] + j + i, load(from + i));
+    }
+  }
+};
 
 template <class Between>
-inline void product(RowsA a, const uint32_t* b0, const uint32_t* b1, int64_t k, bool add,
+inline void product(const Left& a, const uint32_t* b0, const uint32_t* b1, int64_t k, bool add,
                     Block& out, Ahead, Between) {
-  for (int part = 0; part < 16; part++) {
-    const int half = part >> 3, r0 = part % 4 * 4;
-    const uint32_t* b = part & 4 ? b1 : b0;
-    float(*c)[16] = out.c[half][part & 4 ? 1 : 0] + r0;
-    float sum[4][16];
-    for (int r = 0; r < 4; r++)
-      for (int n = 0; n < 16; n++) sum[r][n] = add ? c[r][n] : 0.0f;
-    const bf16* rows = (half ? a.second : a.first) + r0 * a.row;
-    for (int64_t j = 0; j < k; j += kStep, rows += a.step)
-      for (int p = 0; p < 16; p++, b += 16) {
-        float low[16], high[16];
-        for (int n = 0; n < 16; n++) {
-          low[n] = wide(b[n] << 16);
-          high[n] = wide(b[n] & 0xffff0000u);
-        }
-        for (int r = 0; r < 4; r++) {
-          uint16_t pair[2];
-          memcpy(pair, rows + r * a.row + 2 * p, 4);
-          const float x = wide((uint32_t)pair[0] << 16);
-          const float y = wide((uint32_t)pair[1] << 16);
-          for (int n = 0; n < 16; n++) sum[r][n] += x * low[n] + y * high[n];
-        }
-      }
-    for (int r = 0; r < 4; r++)
-      for (int n = 0; n < 16; n++) c[r][n] = sum[r][n];
-  }
+  for (int q = 0; q < 2; q++)
+    for (int half = 0; half < 2; half++)
+      multiply(a.rows[16 * half], kDeep + 16, 16, k, PairedColumns{q ? b1 : b0}, out.c[half][q][0],
+               16, add);
 }
 
 #endif
@@ -159,12 +159,12 @@ inline void product(RowsA a, const uint32_t* b0, const uint32_t* b1, int64_t k, 
 // it `lies` somewhere already. `sums` has room for 2 x pairs products; where `both`, those of an
 // even block i, sums[pair], stay until block i + 1 is done.
 constexpr int kPieces = 4;
-constexpr int64_t kDeep = 512;  // k of a product at most: its rows and columns fit in L1
 
 template <class A, class Done>
 inline void sweep(int64_t count, A a, bool lies, bool both, const uint32_t* b, int64_t k, int64_t pairs,
                   Block* sums, Done done) {
   const int64_t steps = pairs * (k / kStep), lines = (k * kTile * 2 / 64 + steps - 1) / steps;
+  Left left;
   const Block* made = nullptr;
   int64_t made_i = 0, made_p = 0;
   int piece = kPieces;
@@ -178,12 +178,13 @@ inline void sweep(int64_t count, A a, bool lies, bool both, const uint32_t* b, i
     for (int64_t j = 0; j < k; j += kDeep) {
       const int64_t deep = k - j < kDeep ? k - j : kDeep, skipped = j / kStep * rows.step;
       const RowsA part{rows.first + skipped, rows.second + skipped, rows.row, rows.step};
+      left.take(part, deep);
       const int64_t each = (kPieces + deep / kStep - 1) / (deep / kStep);
       for (int64_t p = 0; p < pairs; p++) {
         Block& sum = sums[both || k > kDeep ? (i & 1) * pairs + p : (i * pairs + p) & 1];
         if (pairs == 1) use(kPieces);
         const uint32_t* b0 = b + 2 * p * panel(k) + panel(j);
-        product(part, b0, b0 + panel(k), deep, j > 0, sum, ahead, [&] { use(each); });
+        product(left, b0, b0 + panel(k), deep, j > 0, sum, ahead, [&] { use(each); });
         ahead.first += deep / kStep * ahead.lines * 64;
         ahead.second += deep / kStep * ahead.lines * 64;
         if (j + deep == k) {

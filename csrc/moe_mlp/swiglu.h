@@ -1,5 +1,5 @@
 // What happens to a finished product: silu(g) u and its derivatives, rounding, and turning back.
-// Each function has an AVX-512 form and a plain one.
+// Each function has an AVX-512 form and one for vectors of any width.
 #pragma once
 
 #include "product.h"
@@ -34,6 +34,25 @@ PTM_INLINE Row32 rounded(const float* first, const float* second) {
   return (__m512i)_mm512_cvtne2ps_pbh(_mm512_load_ps(second), _mm512_load_ps(first));
 }
 PTM_INLINE void put(bf16* to, Row32 row) { _mm512_storeu_si512(to, row); }
+#elif PTM_ISA_AVX2
+struct Row32 {
+  __m256i x[2];
+};
+
+PTM_INLINE Row32 rounded(const float* first, const float* second) {
+  Row32 row;
+  for (int i = 0; i < 2; i++) {
+    const float* from = i ? second : first;
+    const __m256i low = (__m256i)(near(load(from)) >> 16);
+    const __m256i high = (__m256i)(near(load(from + 8)) >> 16);
+    row.x[i] = _mm256_permute4x64_epi64(_mm256_packus_epi32(low, high), 0xd8);
+  }
+  return row;
+}
+PTM_INLINE void put(bf16* to, const Row32& row) {
+  _mm256_storeu_si256((__m256i*)to, row.x[0]);
+  _mm256_storeu_si256((__m256i*)(to + 16), row.x[1]);
+}
 #else
 struct Row32 {
   bf16 x[32];
@@ -54,6 +73,11 @@ inline void put(bf16* to, const Row32& row) { memcpy((void*)to, row.x, sizeof ro
 inline void stream(bf16* to, const Row32& row) {
 #if PTM_ISA_AVX512
   if ((uintptr_t(to) & 63) == 0) return _mm512_stream_si512((__m512i*)to, row);
+#elif PTM_ISA_AVX2
+  if ((uintptr_t(to) & 63) == 0) {
+    _mm256_stream_si256((__m256i*)to, row.x[0]);
+    return _mm256_stream_si256((__m256i*)(to + 16), row.x[1]);
+  }
 #endif
   put(to, row);
 }
@@ -68,14 +92,15 @@ inline void swiglu(const Block& g, const Block& u, int64_t q, uint32_t* to) {
   };
   for (int r = 0; r < 32; r += 2) _mm512_store_si512(to + 8 * r, zipped(silu_u(r), silu_u(r + 1)));
 #else
-  for (int r = 0; r < 32; r++) {
-    bf16 h[16];
+  auto silu_u = [&](int r, int i) {
+    const vf gate = load(g.c[r >> 4][q][r & 15] + i);
+    return gate * load(u.c[r >> 4][q][r & 15] + i) * sigmoid(gate);
+  };
+  for (int r = 0; r < 32; r += 2)
     for (int i = 0; i < 16; i += W) {
-      const vf gate = load(g.c[r >> 4][q][r & 15] + i);
-      store(h + i, gate * load(u.c[r >> 4][q][r & 15] + i) * sigmoid(gate));
+      const vu both = zipped(silu_u(r, i), silu_u(r + 1, i));
+      memcpy(to + 8 * r + i, &both, sizeof both);
     }
-    for (int i = 0; i < 16; i++) memcpy((char*)(to + r / 2 * 16 + i) + r % 2 * 2, h + i, 2);
-  }
 #endif
 }
 
@@ -89,6 +114,17 @@ inline void turn_back(const Block& block, int64_t q, Put put) {
                   _mm512_load_ps(block.c[i >> 3][q][(2 * i & 15) + 1]));
   transpose(r);
   for (int i = 0; i < 16; i++) put(i, r[i]);
+#elif PTM_ISA_AVX2
+  for (int i = 0; i < 16; i += 8) {
+    __m256i r[2][8];
+    for (int half = 0; half < 2; half++) {
+      for (int j = 0; j < 8; j++)
+        r[half][j] = (__m256i)zipped(load(block.c[half][q][2 * j] + i),
+                                     load(block.c[half][q][2 * j + 1] + i));
+      transpose(r[half]);
+    }
+    for (int j = 0; j < 8; j++) put(i + j, Row32{{r[0][j], r[1][j]}});
+  }
 #else
   for (int i = 0; i < 16; i++) {
     Row32 row;
@@ -138,22 +174,26 @@ inline void swiglu_backward(const Block& dh, int64_t r, const bf16* hidden0, con
   }
   for (int q = 0; q < 2; q++) _mm512_store_si512(pairs + q * stride, zipped(h[0][q], h[1][q]));
 #else
+  float h[2][2][16];
   for (int j = 0; j < 2; j++, to += 2 * F, sums += 16) {
     const bf16* row = j ? hidden1 : hidden0;
     const vf w = splat(scale[j]);
     for (int q = 0; q < 2; q++) {
-      bf16 h[16];
       for (int i = 0, c = 16 * q; i < 16; i += W, c += W) {
         const vf g = load(row + c), u = load(row + F + c);
         const vf d = load(dh.c[(r + j) >> 4][q][(r + j) & 15] + i), s = sigmoid(g), a = g * s;
         store(sums + i, load(sums + i) + d * a * u);
         store(to + c, d * w * u * (s + a - a * s));
         store(to + F + c, d * w * a);
-        store(h + i, w * a * u);
+        store(h[j][q] + i, w * a * u);
       }
-      for (int i = 0; i < 16; i++) memcpy((char*)(pairs + q * stride + i) + 2 * j, h + i, 2);
     }
   }
+  for (int q = 0; q < 2; q++)
+    for (int i = 0; i < 16; i += W) {
+      const vu both = zipped(load(h[0][q] + i), load(h[1][q] + i));
+      memcpy(pairs + q * stride + i, &both, sizeof both);
+    }
 #endif
 }
 

@@ -39,12 +39,10 @@ def moe_mlp() -> Iterator[Case]:
         for name, passes in (("forward", 1), ("forward and backward", 3)):
             runs = {n: _run(f, inputs, grad, passes) for n, f in functions.items()}
             torch_name = "torch, F.grouped_mm"
-            # The portable loops take a hundred times as long: correct, and not measured.
-            sets = {k: f for k, f in ours("moe_mlp", runs["ours"]).items() if "portable" not in k}
             yield Case(
                 "moe_mlp",
                 f"{what}, {name}",
-                {**sets, torch_name: runs[torch_name]},
+                {**ours("moe_mlp", runs["ours"]), torch_name: runs[torch_name]},
                 runs["exact"],
                 bytes=passes * moved,
                 flops=passes * flops,

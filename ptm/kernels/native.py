@@ -1,8 +1,8 @@
 """The door to the compiled kernels: which instruction set serves, and calls into libptm_cpu.so.
 
-csrc/build.py makes the library; docs/kernels.md has the conventions. A kernel `op` is up to three C
-functions, ptm_<op>_portable, ptm_<op>_avx512 and ptm_<op>_amx, and the highest that exists and that
-this CPU can run serves. Where there is no library, for other devices, and with
+csrc/build.py makes the library; docs/kernels.md has the conventions. A kernel `op` is up to four C
+functions, ptm_<op>_portable, _avx2, _avx512 and _amx, and the highest that exists and that this CPU
+can run serves. Where there is no library, for other devices, and with
 PTM_BACKEND=reference, the plain torch of ptm/kernels/<op>.py serves instead: its public function
 asks `serves` and takes one path or the other.
 
@@ -24,7 +24,7 @@ from torch import Tensor
 from ptm.common import env
 from ptm.common.errors import KernelError, line
 
-ISAS = ("portable", "avx512", "amx")  # the order of csrc/common/ptm.h
+ISAS = ("portable", "avx2", "avx512", "amx")  # the order of csrc/common/ptm.h
 STATUS = {1: "out of memory", 2: "shapes it cannot do", 3: "timed out", 4: "a system call failed"}
 LIBRARY = Path(__file__).with_name("libptm_cpu.so")
 BACKENDS = ("auto", "reference")

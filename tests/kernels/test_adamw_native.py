@@ -1,5 +1,5 @@
 """The one-visit AdamW against the rule by torch between the pages' own formats: the same bits
-where the rule has no root by MKL, else all but one byte in 1000."""
+where the rule has no root by MKL, else all but a few bytes in 1000."""
 
 import functools
 import math
@@ -83,9 +83,15 @@ def test_pages_get_the_bits_of_the_rule_by_torch(isa, dtype, is_int8, last_lr):
         assert wanted == found
         return
     one, other = (np.frombuffer(b"".join(pages), np.uint8) for pages in (wanted, found))
-    assert (one != other).mean() <= 1e-3 and one.any()
+    assert (one != other).mean() <= max(1e-3, 0.1 * wrong_roots()) and one.any()
     with native.forced(isa):  # so a recipe's rule leaves these to torch
         assert wanted == after_updates(AdamW(CONFIG), dtype, is_int8, last_lr)
+
+
+def wrong_roots():
+    """The share of roots that torch rounds wrongly: 0.006 by MKL on Intel, 0.16 on AMD."""
+    x = torch.rand(1 << 16, generator=torch.Generator().manual_seed(0))
+    return (x.sqrt() != x.double().sqrt().float()).float().mean().item()
 
 
 def inputs(n, seed=0):
