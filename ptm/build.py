@@ -34,6 +34,7 @@ from ptm.model.transformer import Transformer
 from ptm.modes import Mode, Setup, open_mode
 from ptm.parts import (
     DTYPES,
+    Start,
     build_model,
     first_weights,
     note_saved,
@@ -141,7 +142,8 @@ def open_run(recipe: Recipe, plan: Plan) -> Iterator[Parts]:
         run_id = on_main(peers, lambda: run_folder.identify(recipe.run_dir))
         model, engine = build_model(recipe, mesh, plan, peers, run_id=run_id)
         stack.push(lambda kind, *_: engine.close(is_failing=kind is not None))
-        state = first_weights(recipe, checkpoints, engine, peers, run_id=run_id)
+        start = Start(recipe, peers)
+        state = first_weights(recipe, checkpoints, engine, peers, start, run_id=run_id)
         kernels = native.table(mesh.device.type)
         on_main(peers, lambda: run_folder.describe(recipe, plan.text(), kernels))
         say(native.summary(mesh.device.type))
@@ -172,7 +174,9 @@ def open_run(recipe: Recipe, plan: Plan) -> Iterator[Parts]:
             world=mesh.world,
             peak_gflops_per_rank=round(peak / 1e9, 1),
         )
-        mode = open_mode(Setup(recipe, mesh, peers, corpus, model, metrics, state.step, stack))
+        mode = open_mode(
+            Setup(recipe, mesh, peers, start, corpus, model, metrics, state.step, stack)
+        )
         tokenizer_folder = recipe.run_dir / "tokenizer"
         on_main(peers, lambda: corpus.tokenizer.save(tokenizer_folder))
         run = Run(
@@ -187,7 +191,7 @@ def open_run(recipe: Recipe, plan: Plan) -> Iterator[Parts]:
             peak_flops=peak,
             save_every=recipe.checkpoint.interval,
             evaluate_every=recipe.eval.interval,
-            save=functools.partial(save, recipe, engine, saver, tokenizer_folder),
+            save=functools.partial(save, recipe, engine, saver, tokenizer_folder, start),
             evaluate=mode.evaluate,
             metric_names=mode.metric_names,
             summary=mode.summary,

@@ -11,12 +11,10 @@ import functools
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
 from ptm.checkpoint.load_model import module_of
-from ptm.checkpoint.open_model import open_model
 from ptm.common.errors import RecipeError, line
 from ptm.data.chat import ChatTemplate
 from ptm.data.corpus import Corpus, Split
@@ -26,7 +24,7 @@ from ptm.data.sft import chat_template
 from ptm.mesh.mesh import Mesh
 from ptm.mesh.peers import Peers
 from ptm.model.transformer import Transformer
-from ptm.parts import DTYPES, Batches, evaluate, say
+from ptm.parts import DTYPES, Batches, Start, evaluate, say
 from ptm.policies import Pairs, Rollouts
 from ptm.recipe import Recipe
 from ptm.trainer.config import ObjectiveKind
@@ -55,6 +53,7 @@ class Setup:
     recipe: Recipe
     mesh: Mesh
     peers: Peers
+    start: Start
     corpus: Corpus
     model: Transformer
     metrics: Metrics
@@ -115,8 +114,7 @@ def pretrain(setup: Setup) -> Mode:
     if not qat.distill:
         return Mode(OBJECTIVES[ObjectiveKind.pretrain], batches, held_out)
     assert init_from is not None
-    opened = open_model(Path(init_from))
-    weights = opened._replace(model=setup.recipe.model)
+    weights = setup.start.open()._replace(model=setup.recipe.model)
     teacher = module_of(weights, init_from, dtype=torch.bfloat16).to(setup.mesh.device)
     objective = distilled(teacher.requires_grad_(False), qat.distill)
     return Mode(objective, batches, held_out, metric_names=("kl",))
@@ -255,7 +253,7 @@ def rewards(setup: Setup) -> Mode:
     rewarder = setup.stack.enter_context(Rewarder(config.reward, timeout_s=config.reward_timeout_s))
     reference = None
     if config.kl_coef > 0:
-        weights = open_model(Path(base))._replace(model=recipe.model)
+        weights = setup.start.open()._replace(model=recipe.model)
         reference = module_of(weights, base, dtype=DTYPES[recipe.train.precision])
         reference = reference.to(mesh.device).requires_grad_(False)
     rollouts = Rollouts(

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from ptm import run_folder
 from ptm.checkpoint.commit import preflight
 from ptm.checkpoint.folders import step_folders
+from ptm.checkpoint.hf import Opened
 from ptm.checkpoint.load import load, newest_good
-from ptm.checkpoint.open_model import open_model
+from ptm.checkpoint.merged import ADAPTER_KEY, BASE_KEY, adapter_to_json
+from ptm.checkpoint.open_model import Base, base_of, open_base
 from ptm.checkpoint.save import Saved, Saver
 from ptm.checkpoint.source import check_shapes
 from ptm.checkpoint.weights import model_to_json
@@ -134,7 +136,7 @@ def _zero(recipe: Recipe, plan: Plan, world: int) -> int:
     says today, because stages sum in another order; or the plan's."""
     if recipe.engine.zero:
         return recipe.engine.zero
-    return run_folder.settled(recipe.run_dir, f"zero-{world}", plan.zero)
+    return run_folder.settled(recipe.run_dir, f"zero-{world}", lambda: plan.zero)
 
 
 def _newest_step(recipe: Recipe, peers: Peers) -> int | None:
@@ -143,8 +145,30 @@ def _newest_step(recipe: Recipe, peers: Peers) -> int | None:
     return None if good is None else good.manifest.step
 
 
+class Start:
+    """The model of train.init_from as this run first read it; later it is another one, if its own
+    run has gone on."""
+
+    def __init__(self, recipe: Recipe, peers: Peers) -> None:
+        self.recipe, self.peers = recipe, peers
+
+    @functools.cached_property
+    def pinned(self) -> Base:
+        """First on every rank. Raises CheckpointError."""
+        return Base(*on_main(self.peers, self._pin))
+
+    def open(self) -> Opened:
+        """First on every rank. Raises CheckpointError."""
+        return open_base(self.pinned)
+
+    def _pin(self) -> list[str]:
+        word = self.recipe.train.init_from
+        assert word is not None
+        return run_folder.settled(self.recipe.run_dir, "base", lambda: list(base_of(Path(word))))
+
+
 def first_weights(
-    recipe: Recipe, checkpoints: Path, engine: Engine, peers: Peers, *, run_id: str
+    recipe: Recipe, checkpoints: Path, engine: Engine, peers: Peers, start: Start, *, run_id: str
 ) -> TrainState:
     """Fill the engine from the newest committed step or good checkpoint, another model, or the
     seed, in that order. Raises CheckpointError, on all ranks alike."""
@@ -173,11 +197,11 @@ def first_weights(
         raise CheckpointError(line("run.dir", recipe.run_dir, rule, remedy))
     else:
         state = TrainState(run_id=run_id)
-        initial = _initial_weights(recipe)
+        initial = _initial_weights(recipe, start)
         for name, shape in engine.shapes().items():
             engine.fill(name, initial(name, torch.Size(shape)))
     if state.step and recipe.adapter.kind is not AdapterKind.none:
-        initial = _initial_weights(recipe)  # frozen weights are in no checkpoint
+        initial = _initial_weights(recipe, start)  # frozen weights are in no checkpoint
         for name, parameter in engine.model.named_parameters():
             if not parameter.requires_grad:
                 engine.fill(name, initial(name, parameter.shape))
@@ -191,11 +215,11 @@ def first_weights(
     return state
 
 
-def _initial_weights(recipe: Recipe) -> Callable[[str, torch.Size], Tensor]:
+def _initial_weights(recipe: Recipe, start: Start) -> Callable[[str, torch.Size], Tensor]:
     """Name and shape -> the whole fp32 tensor that a new run starts with."""
     if recipe.train.init_from is None:
         return lambda name, shape: new_weight(recipe.model, name, shape, recipe.train.seed)
-    opened = open_model(Path(recipe.train.init_from))
+    opened = start.open()
     wanted = Transformer(recipe.model, device="meta").state_dict()
     shapes = {name: tuple(tensor.shape) for name, tensor in wanted.items()}
     check_shapes(opened.weights, shapes, Path(recipe.train.init_from))
@@ -251,15 +275,20 @@ def save(
     engine: Engine,
     saver: Saver,
     tokenizer_folder: Path,
+    start: Start,
     state: TrainState,
     *,
     is_best: bool,
     block: bool,
 ) -> None:
+    meta: dict[str, Any] = {"train": state.to_json(), "model": model_to_json(recipe.model)}
+    if recipe.adapter.kind is not AdapterKind.none:
+        base = start.pinned._asdict()
+        meta |= {ADAPTER_KEY: adapter_to_json(recipe.adapter), BASE_KEY: base}
     saver.save(
         engine.state(),
         step=state.step,
-        meta={"train": state.to_json(), "model": model_to_json(recipe.model)},
+        meta=meta,
         attachments={"tokenizer": tokenizer_folder},
         expected=_names(engine.model),
         is_best=is_best,

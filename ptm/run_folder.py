@@ -20,9 +20,11 @@ import platform
 import re
 import sys
 import uuid
+from collections.abc import Callable
 from contextlib import ExitStack
 from importlib import metadata
 from pathlib import Path
+from typing import TypeVar
 
 import ptm
 from ptm.checkpoint import manifest
@@ -35,6 +37,7 @@ from ptm.engine.config import EngineKind
 from ptm.engine.open_file import has_commits
 from ptm.recipe import Recipe, Resume, dump, load_recipe
 
+T = TypeVar("T")
 FREE = re.compile(
     r"resume|dry_run|recipe|(run|log|checkpoint|eval|engine)\..*"
     r"|data\.(workers|prefetch|cache_dir)|train\.(steps|micro_batch_size|recompute|max_skipped)"
@@ -164,15 +167,15 @@ def refuse_to_forget(recipe: Recipe, run_id: str) -> None:
         raise CheckpointError(line("engine.ssd_path", engine.ssd_path, rule, remedy))
 
 
-def settled(folder: Path, key: str, value: int) -> int:
-    """`value`, or what this run settled on for `key` before. For rank 0. Without a folder, as in
-    a bench, there is nothing to remember."""
+def settled(folder: Path, key: str, make: Callable[[], T]) -> T:
+    """What this run settled on for `key` before, any JSON, or `make()`. For rank 0. Without a
+    folder, as in a bench, there is nothing to remember."""
     if not folder.is_dir():
-        return value
+        return make()
     file = folder / "settled.json"
     values = json.loads(file.read_text()) if file.is_file() else {}
     if key not in values:
-        values[key] = value
+        values[key] = make()
         _write(file, json.dumps(values) + "\n")
     return values[key]
 

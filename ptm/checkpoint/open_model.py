@@ -3,18 +3,35 @@
 A checkpoint has manifest.json and is verified, every byte of it, before a weight is used. A run has
 checkpoints/, of which the newest good one is taken. A published folder has config.json; it comes
 without hashes, so its names, shapes and sizes are all that can be checked.
+
+A run that starts from a model pins it: a base that is a run may train on, a folder may be filled
+anew, and frozen weights, a reference and a teacher must stay what they were at the first step. A
+checkpoint of low-rank changes names its base so, and opens as the model that both make.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
+
+import xxhash
 
 from ptm.checkpoint import hf_config, manifest
 from ptm.checkpoint.hf import Opened, open_hf
 from ptm.checkpoint.load import newest_good
+from ptm.checkpoint.merged import ADAPTER_KEY, BASE_KEY, open_adapter
 from ptm.checkpoint.verify import verify
 from ptm.checkpoint.weights import open_checkpoint
 from ptm.common.errors import CheckpointError, line
+
+END_BYTES = 2**20
+
+
+class Base(NamedTuple):
+    """A model folder, absolute, and the digest of what it held."""
+
+    folder: str
+    digest: str
 
 
 def open_model(folder: Path) -> Opened:
@@ -31,4 +48,51 @@ def open_model(folder: Path) -> Opened:
         rule = "has no manifest.json, checkpoints or config.json"
         raise CheckpointError(line("folder", folder, rule, "name a run, checkpoint or model"))
     notes = tuple(reason for _, reason in found.rejected)
-    return open_checkpoint(found.folder, found.manifest)._replace(notes=notes)
+    if ADAPTER_KEY not in found.manifest.meta:
+        return open_checkpoint(found.folder, found.manifest)._replace(notes=notes)
+    base = open_base(_base_from_json(found.manifest.meta.get(BASE_KEY)))
+    return open_adapter(found.folder, found.manifest, base)._replace(notes=notes + base.notes)
+
+
+def base_of(folder: Path) -> Base:
+    """Pin a run's newest step, a checkpoint or a published folder. Raises CheckpointError."""
+    found = open_model(folder).folder.resolve()
+    return Base(str(found), digest_of(found))
+
+
+def open_base(base: Base) -> Opened:
+    """Raises CheckpointError where the folder is gone or holds another model."""
+    folder = Path(base.folder)
+    if not folder.is_dir():
+        rule = "is not there, and this run began with its weights"
+        raise CheckpointError(line("train.init_from", folder, rule, "put it back"))
+    if digest_of(folder) != base.digest:
+        rule = "holds other weights than those that this run began with"
+        remedy = "put them back, or start a new run with another run.dir"
+        raise CheckpointError(line("train.init_from", folder, rule, remedy))
+    return open_model(folder)
+
+
+def digest_of(folder: Path) -> str:
+    """A checkpoint is known by its manifest, which hashes every byte; a published folder by
+    config.json and the size, first and last MiB of each of its weight files."""
+    digest = xxhash.xxh3_128()
+    if (folder / manifest.FILE).is_file():
+        digest.update((folder / manifest.FILE).read_bytes())
+        return digest.hexdigest()
+    for path in (folder / hf_config.FILE, *sorted(folder.glob("*.safetensors"))):
+        if path.is_file():
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size} ".encode())
+            with open(path, "rb") as file:
+                digest.update(file.read(END_BYTES))
+                file.seek(max(0, size - END_BYTES))
+                digest.update(file.read(END_BYTES))
+    return digest.hexdigest()
+
+
+def _base_from_json(values: object) -> Base:
+    if not isinstance(values, dict) or not all(type(values.get(k)) is str for k in Base._fields):
+        rule, remedy = f"must have {', '.join(Base._fields)}", "use the ptm that wrote it"
+        raise CheckpointError(f"{manifest.FILE}: " + line(BASE_KEY, values, rule, remedy))
+    return Base(*(values[key] for key in Base._fields))

@@ -38,9 +38,20 @@ MODEL_KEY, PUBLISHED_KEY = "model", "published"
 def open_checkpoint(folder: Path, found: Manifest) -> Opened:
     """The model in a checkpoint folder that was verified. Raises CheckpointError."""
     model = model_from_json(found.meta.get(MODEL_KEY))
-    source = FolderSource(folder, list(found.files))
     shapes = _shapes(model, most_layers=len(found.census))
-    weights = RowsSource(
+    weights = stored_weights(folder, found, shapes)
+    if model.router is RouterKind.attention:  # others have no published form: said by the writer
+        check_shapes(weights, shapes, folder)
+    origin = _origin(found.meta[PUBLISHED_KEY]) if PUBLISHED_KEY in found.meta else None
+    return Opened(model, weights, origin, folder / TOKENIZER, (), folder)
+
+
+def stored_weights(
+    folder: Path, found: Manifest, shapes: dict[str, tuple[int, ...]]
+) -> TensorSource:
+    """What a verified checkpoint holds beside optimizer states, in `shapes` where it fits them."""
+    source = FolderSource(folder, list(found.files))
+    return RowsSource(
         source,
         {
             name.removeprefix(MODEL): _as_model_has(source, name, shapes)
@@ -48,10 +59,6 @@ def open_checkpoint(folder: Path, found: Manifest) -> Opened:
             if name.startswith(MODEL)
         },
     )
-    if model.router is RouterKind.attention:  # others have no published form: said by the writer
-        check_shapes(weights, shapes, folder)
-    origin = _origin(found.meta[PUBLISHED_KEY]) if PUBLISHED_KEY in found.meta else None
-    return Opened(model, weights, origin, folder / TOKENIZER, (), folder)
 
 
 def write_checkpoint(

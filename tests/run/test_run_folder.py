@@ -12,10 +12,10 @@ from tests.support import runs
 
 
 def test_a_choice_of_the_plan_is_kept_for_the_same_ranks(tmp_path: Path) -> None:
-    assert run_folder.settled(tmp_path, "zero-2", 1) == 1
-    assert run_folder.settled(tmp_path, "zero-2", 3) == 1
-    assert run_folder.settled(tmp_path, "zero-4", 3) == 3
-    assert run_folder.settled(tmp_path / "absent", "zero-2", 2) == 2
+    assert run_folder.settled(tmp_path, "zero-2", lambda: 1) == 1
+    assert run_folder.settled(tmp_path, "zero-2", lambda: 3) == 1
+    assert run_folder.settled(tmp_path, "zero-4", lambda: 3) == 3
+    assert run_folder.settled(tmp_path / "absent", "zero-2", lambda: 2) == 2
     assert not (tmp_path / "absent").exists()
 
 

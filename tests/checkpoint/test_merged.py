@@ -1,0 +1,119 @@
+"""A checkpoint of low-rank changes opens as the model that was tuned, and only beside its base."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from ptm.checkpoint.config import CheckpointConfig
+from ptm.checkpoint.load_model import load_model
+from ptm.checkpoint.merged import adapter_to_json
+from ptm.checkpoint.open_model import base_of, open_base, open_model
+from ptm.checkpoint.save import Saver
+from ptm.checkpoint.weights import model_to_json
+from ptm.common.errors import CheckpointError
+from ptm.engine.state import stored_shape
+from ptm.export.convert import ConvertConfig, Target, convert
+from ptm.model.lora import PREFIX, add_lora, use_lora
+from ptm.model.lora_config import ROLES, AdapterConfig, AdapterKind
+from ptm.model.transformer import Transformer
+from tests.support.tiny import tiny_model
+
+LORA = AdapterConfig(kind=AdapterKind.lora, targets=ROLES, rank=3, alpha=6.0)
+IDS = torch.arange(24).view(2, 12)
+
+
+def save(run: Path, model: Transformer, step: int, **meta) -> None:
+    state = {
+        f"model.{name}": tensor.detach().view(stored_shape(tuple(tensor.shape)))
+        for name, tensor in model.state_dict().items()
+        if not meta or PREFIX in name
+    }
+    saver = Saver(run / "checkpoints", CheckpointConfig(background=False), run_id=run.name)
+    meta = {"model": model_to_json(model.config), **meta}
+    saver.save(state | {"optim.exp_avg.x": torch.ones(3)}, step=step, meta=meta, block=True)
+    saver.close()
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> tuple[Path, Path, Transformer]:
+    """A base's run, a run of changes, and the model in use there."""
+    base, tuned = tmp_path / "base", tmp_path / "tuned"
+    model = tiny_model()
+    save(base, model, 1)
+    add_lora(model, LORA)
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if PREFIX in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
+    pinned = base_of(base)._asdict()
+    save(tuned, model, 1, adapter=adapter_to_json(LORA), base=pinned)
+    use_lora(model, LORA)
+    return base, tuned, model
+
+
+@torch.no_grad()
+def test_it_opens_as_the_model_in_use_and_converts(runs, tmp_path: Path) -> None:
+    base, tuned, model = runs
+    wanted = model(IDS)
+    assert not torch.equal(load_model(base)(IDS), wanted)
+    assert torch.equal(load_model(tuned)(IDS), wanted)
+    for target in Target:
+        convert(ConvertConfig(source=str(tuned), out=str(tmp_path / target), to=target))
+        assert torch.equal(load_model(tmp_path / target, rope="fp32")(IDS), wanted)
+
+
+def test_rows_of_a_merged_tensor_are_those_of_the_whole(runs) -> None:
+    weights = open_model(runs[1]).weights
+    for name in weights.names():
+        whole = weights.read(name)
+        assert weights.info(name) == (tuple(whole.shape), whole.dtype)
+        if len(whole) > 2:
+            assert torch.equal(weights.read(name, 1, len(whole) - 1), whole[1:-1]), name
+
+
+def test_a_base_that_goes_on_is_pinned(runs) -> None:
+    base, tuned, model = runs
+    save(base, tiny_model(seed=1), 2)
+    assert open_model(base).folder.name == "step-00000002"
+    assert torch.equal(load_model(tuned)(IDS), model(IDS))
+
+
+def test_another_base_or_none_is_one_line(runs) -> None:
+    base, tuned, _ = runs
+    pinned = base_of(base)
+    shutil.rmtree(base)
+    save(base, tiny_model(seed=1), 1)
+    for opens in (lambda: open_model(tuned), lambda: open_base(pinned)):
+        with pytest.raises(CheckpointError, match="train.init_from=.*holds other weights than"):
+            opens()
+    shutil.rmtree(base)
+    with pytest.raises(CheckpointError, match="train.init_from=.*is not there.*put it back"):
+        open_model(tuned)
+
+
+def test_a_published_folder_is_known_by_its_files(tmp_path: Path) -> None:
+    golden = Path(__file__).parents[1] / "golden" / "m32_a"
+    folder = Path(shutil.copytree(golden, tmp_path / "model"))
+    pinned = base_of(folder)
+    assert open_base(pinned).model.hidden_size > 0
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"rope_theta": 5000.0}))
+    with pytest.raises(CheckpointError, match="holds other weights"):
+        open_base(pinned)
+
+
+@pytest.mark.parametrize("edit", [{"rank": 4}, {"kind": "none2"}, {"targets": ["q"]}, {"rank": {}}])
+def test_an_adapter_that_does_not_fit_its_tensors_is_refused(runs, edit: dict) -> None:
+    base, tuned, model = runs
+    plain = tiny_model()
+    add_lora(plain, LORA)
+    plain.load_state_dict(model.state_dict())
+    meta = {"adapter": adapter_to_json(LORA) | edit, "base": base_of(base)._asdict()}
+    save(tuned, plain, 2, **meta)
+    with pytest.raises(CheckpointError, match="adapter|lora_"):
+        open_model(tuned / "checkpoints" / "step-00000002")
