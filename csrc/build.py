@@ -7,8 +7,8 @@
 sm_80 and sm_90a. No header of torch or Python is used, so one library serves any version of both.
 
 CXX names the compiler (g++, then clang++, else); without one nothing is built and torch serves
-every op. PTM_CUDA is 0 (no), 1 (must) or auto (if there is nvcc). Objects are kept in build/csrc
-under the hash of their source, headers and flags.
+every op. PTM_CUDA is 0 (no), 1 (must) or auto (if there is nvcc, and it can). Objects are kept in
+build/csrc under the hash of their source, headers and flags.
 """
 
 from __future__ import annotations
@@ -76,12 +76,29 @@ def build(target: Path, *, sanitize: str = "", ops: Sequence[str] = ()) -> list[
                 names = f"-DPTM_NAMESPACE=ptm_{source.parent.name}_{source.stem}_{isa}"
                 jobs.append((source, isa, [*compiler, *FLAGS, *flags, names, *extra]))
     libraries = [_link(jobs, [*compiler, *LINK, *extra], target / "libptm_cpu.so", objects)]
-    nvcc, sources = _nvcc(), sorted(CSRC.glob("*/cuda*.cu"))
-    if nvcc and sources:
-        jobs = [(source, "cuda", [nvcc, *CUDA_FLAGS]) for source in sources]
+    nvcc = _nvcc()
+    if nvcc and not sanitize:
+        library = target / "libptm_cuda.so"
         link = [nvcc, "-shared", "--cudart=static"]
-        libraries.append(_link(jobs, link, target / "libptm_cuda.so", objects))
+        try:
+            libraries.append(_link(cuda_jobs(nvcc), link, library, objects))
+        except SystemExit as failed:
+            if os.environ.get("PTM_CUDA") == "1":
+                raise
+            # An nvcc that is too old, or does not know this g++, must not keep ptm from being
+            # installed; and a library from before does not stay beside newer Python.
+            library.unlink(missing_ok=True)
+            last = (str(failed).strip().splitlines() or [""])[-1]
+            _say(f"nvcc fails, so no kernels for CUDA (PTM_CUDA=1 shows all): {last}")
     return libraries
+
+
+def cuda_jobs(nvcc: str) -> list:
+    """Sources for CUDA with the commands that compile them."""
+    return [
+        (source, "cuda", [nvcc, *CUDA_FLAGS, f"-DPTM_NAMESPACE=ptm_{source.parent.name}_cuda"])
+        for source in sorted(CSRC.glob("*/cuda*.cu"))
+    ]
 
 
 def _isas_of(source: Path) -> Sequence[str]:

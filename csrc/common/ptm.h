@@ -10,7 +10,7 @@
 //
 // A line `// isa: portable avx2 avx512` at the head of a file limits it to these; without an object
 // for the machine's own set the next lower one serves. A file that is not named cpu*.cpp is
-// compiled once, portably.
+// compiled once, portably. A file csrc/<op>/cuda*.cu is compiled by nvcc (device.h).
 #pragma once
 
 #include <stdint.h>
@@ -26,7 +26,9 @@
 #define PTM_ISA_AVX512 (PTM_ISA >= 2)
 #define PTM_ISA_AMX (PTM_ISA >= 3)
 
-#if PTM_ISA_AMX
+#if defined(__CUDACC__)
+#define PTM_ISA_NAME cuda
+#elif PTM_ISA_AMX
 #define PTM_ISA_NAME amx
 #elif PTM_ISA_AVX512
 #define PTM_ISA_NAME avx512
@@ -45,13 +47,13 @@
 #endif
 
 // int ptm_<op>_<isa>(...): arguments are pointers, int64_t and double; the number of threads comes
-// last; returns a Status.
+// last, of ptm_<op>_cuda the stream; returns a Status.
 #define PTM_EXPORT_AS(op, isa) \
   extern "C" __attribute__((visibility("default"))) int PTM_JOIN(ptm_##op##_, isa)
 #define PTM_EXPORT(op) PTM_EXPORT_AS(op, PTM_ISA_NAME)
 
 // The same numbers as STATUS in ptm/kernels/native.py.
-enum PtmStatus { PTM_OK = 0, PTM_NO_MEMORY = 1, PTM_BAD_SHAPE = 2, PTM_TIMEOUT = 3, PTM_SYSTEM = 4 };
+enum PtmStatus { PTM_OK = 0, PTM_NO_MEMORY = 1, PTM_BAD_SHAPE = 2, PTM_TIMEOUT = 3, PTM_SYSTEM = 4, PTM_LAUNCH = 5 };
 
 // csrc/common/threads.cpp: run part(context, i) for i in [0, parts) on at most `threads` threads,
 // the caller among them; returns when all are done. A pool that is busy (two callers at once, or a
@@ -59,22 +61,29 @@ enum PtmStatus { PTM_OK = 0, PTM_NO_MEMORY = 1, PTM_BAD_SHAPE = 2, PTM_TIMEOUT =
 extern "C" void ptm_run_parts(int64_t parts, int64_t threads, void (*part)(void*, int64_t),
                               void* context);
 
+// A function for the host and, where nvcc compiles it, for the device.
+#if defined(__CUDACC__)
+#define PTM_BOTH __host__ __device__ __forceinline__
+#else
+#define PTM_BOTH inline
+#endif
+
 namespace PTM_NAMESPACE {
 
 struct bf16 {
   uint16_t bits;
 };
 
-inline float to_float(bf16 x) {
+PTM_BOTH float to_float(bf16 x) {
   uint32_t bits = uint32_t(x.bits) << 16;
   float wide;
   memcpy(&wide, &bits, 4);
   return wide;
 }
-inline float to_float(float x) { return x; }
+PTM_BOTH float to_float(float x) { return x; }
 
 // Round to nearest, ties to even; a NaN stays one.
-inline bf16 to_bf16(float x) {
+PTM_BOTH bf16 to_bf16(float x) {
   uint32_t bits;
   memcpy(&bits, &x, 4);
   if ((bits & 0x7fffffffu) > 0x7f800000u) return {uint16_t((bits >> 16) | 0x40)};

@@ -82,6 +82,12 @@ def cpu_isa() -> str | None:
     return os.environ.get("PTM_CPU_ISA") or None
 
 
+def cuda_kernels() -> str:
+    """PTM_CUDA_KERNELS: 1 lets the kernels of csrc/ serve tensors on CUDA devices; 0 by default,
+    for they have not been run on one yet."""
+    return os.environ.get("PTM_CUDA_KERNELS") or "0"
+
+
 def set_default(name: str, value: str) -> None:
     """Set a variable for libraries started later, unless the user has set it."""
     os.environ.setdefault(name, value)

@@ -1,4 +1,5 @@
-"""The door to the compiled kernels: which instruction set serves, and calls into libptm_cpu.so.
+"""The door to the compiled kernels: which one serves, and calls into libptm_cpu.so and
+libptm_cuda.so.
 
 csrc/build.py makes the library; docs/kernels.md has the conventions. A kernel `op` is up to four C
 functions, ptm_<op>_portable, _avx2, _avx512 and _amx, and the highest that exists and that this CPU
@@ -6,8 +7,12 @@ can run serves. Where there is no library, for other devices, and with
 PTM_BACKEND=reference, the plain torch of ptm/kernels/<op>.py serves instead: its public function
 asks `serves` and takes one path or the other.
 
+For tensors on a CUDA device the functions are ptm_<op>_cuda of libptm_cuda.so, which run on the
+device's current stream. They have been compiled, and run in emulation, but not yet on a device, so
+they serve only with PTM_CUDA_KERNELS=1, and torch serves such tensors otherwise.
+
 ctypes gives up Python's lock during a call. Arguments are pointers, 64-bit integers and doubles;
-the number of threads comes last.
+the number of threads, or the stream, comes last.
 """
 
 from __future__ import annotations
@@ -25,17 +30,59 @@ from ptm.common import env
 from ptm.common.errors import KernelError, line
 
 ISAS = ("portable", "avx2", "avx512", "amx")  # the order of csrc/common/ptm.h
-STATUS = {1: "out of memory", 2: "shapes it cannot do", 3: "timed out", 4: "a system call failed"}
+STATUS = {1: "out of memory", 2: "shapes it cannot do", 3: "timed out", 4: "a system call failed",
+          5: "CUDA refused the launch"}  # fmt: skip
 LIBRARY = Path(__file__).with_name("libptm_cpu.so")
+CUDA_LIBRARY = Path(__file__).with_name("libptm_cuda.so")
 BACKENDS = ("auto", "reference")
+DEVICES = ("CPU", "CUDA")  # dispatch keys of an op whose call goes to either library
 
 _declared: list[str] = []
 _forced: list[str | None] = []
+_forced_cuda: list[bool] = []
 
 
 @cache
 def _library() -> ctypes.CDLL | None:
     return ctypes.CDLL(str(LIBRARY)) if LIBRARY.exists() else None
+
+
+@cache
+def _cuda_library() -> ctypes.CDLL | None:
+    return ctypes.CDLL(str(CUDA_LIBRARY)) if CUDA_LIBRARY.exists() else None
+
+
+@cache
+def _wants_cuda() -> bool:
+    wanted = env.cuda_kernels()
+    if wanted not in ("0", "1"):
+        raise KernelError(line("PTM_CUDA_KERNELS", wanted, "is 0 or 1", "unset it for 0"))
+    if wanted == "0" or _backend_setting() == "reference":
+        return False
+    if _cuda_library() is None:
+        what = f"there is no {CUDA_LIBRARY.name}"
+        raise KernelError(line("PTM_CUDA_KERNELS", wanted, what,
+                               "run csrc/build.py where nvcc is, or unset it"))  # fmt: skip
+    return True
+
+
+def cuda_is_on() -> bool:
+    """Whether kernels serve tensors on CUDA devices.
+
+    Raises: KernelError, where PTM_CUDA_KERNELS asks for what there is not.
+    """
+    return _forced_cuda[-1] if _forced_cuda else _wants_cuda()
+
+
+@contextmanager
+def forced_cuda(is_on: bool) -> Iterator[None]:
+    """Serve tensors on CUDA devices by kernels, or by torch: for tests and benchmarks."""
+    assert not is_on or _cuda_library() is not None, CUDA_LIBRARY
+    _forced_cuda.append(is_on)
+    try:
+        yield
+    finally:
+        _forced_cuda.pop()
 
 
 @cache
@@ -45,12 +92,17 @@ def machine() -> tuple[str, ...]:
     return ISAS[: library.ptm_machine() + 1] if library is not None else ()
 
 
-@cache
-def _chosen() -> str | None:
-    backend, isa = env.kernel_backend(), env.cpu_isa()
+def _backend_setting() -> str:
+    backend = env.kernel_backend()
     if backend not in BACKENDS:
         rule = f"is one of {', '.join(BACKENDS)}"
         raise KernelError(line("PTM_BACKEND", backend, rule, "unset it for auto"))
+    return backend
+
+
+@cache
+def _chosen() -> str | None:
+    backend, isa = _backend_setting(), env.cpu_isa()
     if backend == "reference":
         return None
     if isa is None:
@@ -86,9 +138,8 @@ def declare(*ops: str) -> None:
 
 
 def table(device_type: str = "cpu") -> dict[str, str]:
-    """What serves each declared op on a device: an instruction set, or `reference`."""
-    on_cpu = device_type == "cpu"
-    return {op: on_cpu and backend(op) or "reference" for op in _declared}
+    """What serves each declared op on a device: an instruction set, `cuda`, or `reference`."""
+    return {op: backend(op, device_type) or "reference" for op in _declared}
 
 
 def summary(device_type: str) -> str:
@@ -96,18 +147,21 @@ def summary(device_type: str) -> str:
     ops: dict[str, list[str]] = {}
     for op, served_by in table(device_type).items():
         ops.setdefault(served_by, []).append(op)
-    order = [name for name in (*reversed(ISAS), "reference") if name in ops]
+    order = [name for name in ("cuda", *reversed(ISAS), "reference") if name in ops]
     return "kernels: " + "; ".join(f"{name}: {', '.join(sorted(ops[name]))}" for name in order)
 
 
-def backend(name: str) -> str | None:
-    """The instruction set that a kernel of that name is served by; None if there is none."""
-    return _backend(name, isa())
+def backend(name: str, device_type: str = "cpu") -> str | None:
+    """The instruction set that a kernel of that name is served by, or `cuda`; None if there is
+    none."""
+    if device_type == "cuda":
+        return "cuda" if cuda_is_on() and hasattr(_cuda_library(), f"ptm_{name}_cuda") else None
+    return _backend(name, isa()) if device_type == "cpu" else None
 
 
-def has(name: str) -> bool:
-    """Whether a kernel of that name serves on the CPU."""
-    return _backend(name, isa()) is not None
+def has(name: str, device_type: str = "cpu") -> bool:
+    """Whether a kernel of that name serves on such a device."""
+    return backend(name, device_type) is not None
 
 
 # torch.compile takes the answer as it is and does not look inside. This is all that
@@ -116,13 +170,13 @@ has._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def serves(name: str, *rows: Tensor) -> bool:
-    """Whether the kernel takes these rows: on the CPU, all fp32 or all bf16, dense."""
-    kind = rows[0].dtype
+    """Whether a kernel takes these rows: on one device, all fp32 or all bf16, dense."""
+    kind, device = rows[0].dtype, rows[0].device
     return (
         (kind is torch.float32 or kind is torch.bfloat16)
-        and all(t.dtype is kind and t.device.type == "cpu" for t in rows)
+        and all(t.dtype is kind and t.device == device for t in rows)
         and all(t.layout is torch.strided for t in rows)
-        and has(name)
+        and has(name, device.type)
     )
 
 
@@ -146,22 +200,39 @@ def _function(name: str, highest: str | None):
 def call(name: str, *args: Tensor | int | float | None) -> None:
     """Run a kernel. Tensors go as pointers (None as null), ints as int64, floats as double.
 
+    Where the first tensor is on a CUDA device all are, and the kernel is put on its current stream.
     Raises: KernelError, where a tensor is not a contiguous one in memory or the kernel fails.
     """
-    function = _function(name, isa())
-    status = function(*_converted(name, args), ctypes.c_int64(torch.get_num_threads()))
+    device = next((arg.device for arg in args if isinstance(arg, Tensor)), _CPU)
+    if device.type == "cuda":
+        status = _call_cuda(name, device, args)
+    else:
+        threads = ctypes.c_int64(torch.get_num_threads())
+        status = _function(name, isa())(*_converted(name, args, _CPU), threads)
     if status:
         what = STATUS.get(status, f"status {status}")
         raise KernelError(line("kernel", name, what, f"called with {_shapes(args)}"))
 
 
-def _converted(name: str, args: Sequence[Tensor | int | float | None]) -> list:
+def _call_cuda(name: str, device: torch.device, args: Sequence) -> int:
+    if backend(name, "cuda") is None:
+        raise KernelError(line("kernel", name, "not served on CUDA", "set PTM_CUDA_KERNELS=1"))
+    function = getattr(_cuda_library(), f"ptm_{name}_cuda")
+    with torch.cuda.device(device):
+        stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
+        return function(*_converted(name, args, device), stream)
+
+
+_CPU = torch.device("cpu")
+
+
+def _converted(name: str, args: Sequence[Tensor | int | float | None], on: torch.device) -> list:
     out: list = []
     for i, arg in enumerate(args):
         if isinstance(arg, Tensor):
-            if arg.device.type != "cpu" or not arg.is_contiguous():
+            if arg.device != on or not arg.is_contiguous():
                 what = f"argument {i} of shape {tuple(arg.shape)}, strides {arg.stride()}"
-                rule = f"{what} on {arg.device} is not contiguous in memory"
+                rule = f"{what} on {arg.device} is not contiguous in memory of {on}"
                 raise KernelError(line("kernel", name, rule, "pass it .contiguous()"))
             out.append(ctypes.c_void_p(arg.data_ptr()))
         elif isinstance(arg, float):

@@ -81,7 +81,7 @@ torch.library.define(
 )
 
 
-@torch.library.impl("ptm::add_rmsnorm", "CPU")
+@torch.library.impl("ptm::add_rmsnorm", native.DEVICES)
 def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float):
     x = x.contiguous()
     y, s, rstd = _results(x, residual, weight, eps)
@@ -102,10 +102,10 @@ def _results(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float):
     return like(), s, x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
-@torch.library.impl("ptm::add_rmsnorm_backward", "CPU")
+@torch.library.impl("ptm::add_rmsnorm_backward", native.DEVICES)
 def _backward(grad: Tensor, s: Tensor, weight: Tensor, rstd: Tensor, grad_s: Tensor | None):
     s = s.contiguous()
-    out, grad_weight = torch.empty_like(s), torch.empty(weight.shape, dtype=torch.float32)
+    out, grad_weight = torch.empty_like(s), weight.new_empty(weight.shape, dtype=torch.float32)
     is_bf16 = int(s.dtype is torch.bfloat16)
     grad_s = None if grad_s is None else grad_s.contiguous()
     native.call("add_rmsnorm_backward", grad.contiguous(), s, weight.float(), rstd, grad_s, out,

@@ -117,7 +117,7 @@ torch.library.define(
 )
 
 
-@torch.library.impl("ptm::rope_qk", "CPU")
+@torch.library.impl("ptm::rope_qk", native.DEVICES)
 def _forward(q_BLV: Tensor, k_BLV: Tensor, cos: Tensor, sin: Tensor, num_heads: int):
     rows = q_BLV.contiguous(), k_BLV.contiguous()
     heads = _heads(q_BLV, k_BLV, cos, sin, num_heads)
@@ -132,7 +132,7 @@ def _heads(q_BLV: Tensor, k_BLV: Tensor, cos: Tensor, sin: Tensor, num_heads: in
     return q_BLV.new_empty(shape), k_BLV.new_empty(shape)
 
 
-@torch.library.impl("ptm::rope_qk_backward", "CPU")
+@torch.library.impl("ptm::rope_qk_backward", native.DEVICES)
 def _backward(grad_q: Tensor, grad_k: Tensor, cos: Tensor, sin: Tensor):
     heads_inside = all(g.transpose(1, 2).is_contiguous() for g in (grad_q, grad_k))
     # Attention makes these gradients as (B, L, H, K) in memory: they are read as they are.

@@ -162,7 +162,7 @@ torch.library.define(
 )
 
 
-@torch.library.impl("ptm::attn_router", "CPU")
+@torch.library.impl("ptm::attn_router", native.DEVICES)
 def _native_scores(qkv: Tensor) -> Tensor:
     scores = _empty_scores(qkv)
     is_bf16 = int(qkv.dtype is torch.bfloat16)
@@ -175,7 +175,7 @@ def _empty_scores(qkv: Tensor) -> Tensor:
     return qkv.new_empty(len(qkv), qkv.shape[1] // 3, dtype=torch.float32)
 
 
-@torch.library.impl("ptm::attn_router_backward", "CPU")
+@torch.library.impl("ptm::attn_router_backward", native.DEVICES)
 def _native_scores_backward(grad: Tensor, qkv: Tensor, scores: Tensor) -> Tensor:
     out = _empty_gradient(grad, qkv, scores)
     native.call("attn_router_backward", grad.contiguous(), qkv.contiguous(), scores, out,
@@ -188,7 +188,7 @@ def _empty_gradient(grad: Tensor, qkv: Tensor, scores: Tensor) -> Tensor:
     return torch.empty_like(qkv, memory_format=torch.contiguous_format)
 
 
-@torch.library.impl("ptm::router_top", "CPU")
+@torch.library.impl("ptm::router_top", native.DEVICES)
 def _native_top(scores: Tensor, num_active: int, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     weights, ids = _empty_top(scores, num_active, bias)
     bias = None if bias is None else bias.contiguous()
@@ -202,7 +202,7 @@ def _empty_top(scores: Tensor, num_active: int, bias: Tensor | None) -> tuple[Te
     return scores.new_empty(shape), scores.new_empty(shape, dtype=torch.int64)
 
 
-@torch.library.impl("ptm::router_top_backward", "CPU")
+@torch.library.impl("ptm::router_top_backward", native.DEVICES)
 def _native_top_backward(grad: Tensor, weights: Tensor, ids: Tensor, num_experts: int) -> Tensor:
     out = _empty_top_gradient(grad, weights, ids, num_experts)
     native.call("router_top_backward", grad.contiguous(), weights, ids, out, *out.shape,

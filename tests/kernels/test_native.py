@@ -2,12 +2,13 @@
 
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
 
 from ptm.common.errors import KernelError
-from ptm.kernels import native, rmsnorm
+from ptm.kernels import loss, native, rmsnorm  # noqa: F401 (declares linear_ce)
 from tests.support.native import needs_library
 
 
@@ -36,6 +37,38 @@ def test_the_switches_refuse(monkeypatch, switches, said):
         chosen()
 
 
+@pytest.mark.parametrize(
+    ("wanted", "said"),
+    [
+        ("yes", "PTM_CUDA_KERNELS=yes: is 0 or 1; unset it for 0"),
+        ("1", "PTM_CUDA_KERNELS=1: there is no libptm_cuda.so; run csrc/build.py where nvcc is"),
+    ],
+)
+def test_kernels_for_cuda_are_refused_where_they_are_not(monkeypatch, wanted, said):
+    switched(monkeypatch, PTM_BACKEND="", PTM_CUDA_KERNELS=wanted)
+    monkeypatch.setattr(native, "_cuda_library", lambda: None)
+    with pytest.raises(KernelError, match=said):
+        native.table("cuda")
+
+
+@pytest.mark.parametrize(
+    ("switches", "is_on"),
+    [
+        ({}, False),
+        ({"PTM_CUDA_KERNELS": "1"}, True),
+        ({"PTM_CUDA_KERNELS": "1", "PTM_BACKEND": "reference"}, False),
+    ],
+)
+def test_kernels_for_cuda_serve_where_they_are_asked_for(monkeypatch, switches, is_on):
+    switched(monkeypatch, **{"PTM_BACKEND": "", "PTM_CUDA_KERNELS": "", **switches})
+    library = types.SimpleNamespace(ptm_add_rmsnorm_cuda=None)
+    monkeypatch.setattr(native, "_cuda_library", lambda: library)
+    expected = "cuda" if is_on else "reference"
+    assert native.table("cuda")["add_rmsnorm"] == expected
+    assert native.summary("cuda").startswith(f"kernels: {expected}: ")
+    assert native.table("cuda")["linear_ce"] == "reference" == native.table("mps")["add_rmsnorm"]
+
+
 def test_without_a_library_torch_serves(monkeypatch):
     switched(monkeypatch, PTM_BACKEND="", PTM_CPU_ISA="")
     monkeypatch.setattr(native, "_library", lambda: None)
@@ -49,6 +82,7 @@ def switched(monkeypatch, **switches: str):
     for name, value in switches.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(native, "_chosen", native._chosen.__wrapped__)
+    monkeypatch.setattr(native, "_wants_cuda", native._wants_cuda.__wrapped__)
     return native.isa
 
 

@@ -1,0 +1,86 @@
+"""The CUDA kernels without a GPU: their own source, its threads as fibers, under the tests that the
+CPU's kernels pass; and proof that a missing barrier shows there."""
+
+import ctypes
+
+import pytest
+
+from tests.support.emulated import (
+    ROOT,
+    build_emulated,
+    cuda_sources,
+    needs_gxx,
+    run_tests,
+)
+
+# A row of THREADS numbers turned around through shared memory, and one barrier too few or too many.
+REVERSE = """
+#include "{root}/csrc/common/device.h"
+namespace PTM_NAMESPACE {{
+struct Reverse {{
+  static constexpr int THREADS = 64;
+  const float* from;
+  float* to;
+  PTM_BODY void operator()() const {{
+    float* room = shared_memory<float>();
+    room[thread_id()] = from[thread_id()];
+    {barrier};
+    to[thread_id()] = room[THREADS - 1 - thread_id()];
+  }}
+}};
+}}
+PTM_EXPORT(reverse)(const float* from, float* to, void* stream) {{
+  using namespace PTM_NAMESPACE;
+  return launch(Reverse{{from, to}}, 1, 256, stream);
+}}
+"""
+BARRIERS = {
+    "one": "sync_block()",
+    "missing": "",
+    "of the warp": "sync_warp()",
+    "not reached by all": "if (thread_id() != 3) sync_block()",
+}
+TIMED_OUT = 3
+
+
+@pytest.mark.slow
+@needs_gxx
+@pytest.mark.parametrize("barrier", BARRIERS)
+def test_a_barrier_that_is_missing_shows(tmp_path, barrier):
+    source = tmp_path / "reverse.cu"
+    source.write_text(REVERSE.format(root=ROOT, barrier=BARRIERS[barrier]))
+    library = ctypes.CDLL(str(build_emulated(tmp_path, [source])))
+    row = ctypes.c_float * 64
+    numbers = row(*range(64))
+    found = set()
+    for order in (1, 2, 3):
+        out = row()
+        status = library.ptm_reverse_portable(numbers, out, ctypes.c_void_p(order))
+        found.add((status, tuple(out)))
+    if barrier == "one":
+        assert found == {(0, tuple(reversed(numbers)))}
+    elif barrier == "not reached by all":
+        assert {status for status, _ in found} == {TIMED_OUT}
+    else:
+        assert len(found) > 1
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    return build_emulated(tmp_path_factory.mktemp("emulated"), cuda_sources())
+
+
+@pytest.mark.slow
+@needs_gxx
+def test_bodies_pass_the_tests_of_the_cpus_kernels(library):
+    tests = {
+        "rmsnorm": "test_rmsnorm_native.py",
+        "rope": "test_rope_native.py",
+        "router": "test_router_native.py",
+    }
+    assert {source.parent.name for source in cuda_sources()} == set(tests)
+    files = [f"tests/kernels/{name}" for name in tests.values()]
+    done = run_tests(library, *files, "-k", "not torchs_rules")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name in tests.values():
+        assert f"PASSED tests/kernels/{name}" in done.stdout, done.stdout
