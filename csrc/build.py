@@ -96,7 +96,7 @@ def build(target: Path, *, sanitize: str = "", ops: Sequence[str] = ()) -> list[
 def cuda_jobs(nvcc: str) -> list:
     """Sources for CUDA with the commands that compile them."""
     return [
-        (source, "cuda", [nvcc, *CUDA_FLAGS, f"-DPTM_NAMESPACE=ptm_{source.parent.name}_cuda"])
+        (source, "cuda", [nvcc, *CUDA_FLAGS, f"-DPTM_NAMESPACE=ptm_cuda_of_{source.parent.name}"])
         for source in sorted(CSRC.glob("*/cuda*.cu"))
     ]
 

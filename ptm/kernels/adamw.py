@@ -71,10 +71,11 @@ def adamw_page(
 
 
 def serves(stored: Stored, grad: Tensor) -> bool:
-    """Whether the kernel takes this range: on the CPU, with masters of one of the two kinds."""
+    """Whether a kernel takes this range: on one device, with masters of one of the two kinds."""
     kind = torch.float32 if stored.rest is None else torch.bfloat16
+    device = stored.weight.device
     return (
         stored.weight.dtype is kind
-        and all(t.device.type == "cpu" for t in (stored.weight, stored.exp_avg, grad))
-        and native.has("adamw_page")
+        and all(t.device == device for t in (stored.exp_avg, grad))
+        and native.has("adamw_page", device.type)
     )

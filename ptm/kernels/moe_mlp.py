@@ -129,7 +129,7 @@ torch.library.define(
 )
 
 
-@torch.library.impl("ptm::moe_plan", "CPU")
+@torch.library.impl("ptm::moe_plan", native.DEVICES)
 def _plan(ids: Tensor, num_experts: int):
     order, starts = _plan_like(ids, num_experts)
     native.call("moe_plan", ids.contiguous(), order, starts, ids.numel(), num_experts)

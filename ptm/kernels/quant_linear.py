@@ -23,6 +23,7 @@ from ptm.kernels import native
 native.declare("wq_linear", "wq_moe")
 
 PANEL, STEP = 16, 32  # outputs and inputs are padded to these
+CUDA_ROWS = 8  # the CUDA kernel reads all codes once a row, which is for decoding
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,8 @@ def wq_linear_reference(x: Tensor, weight: PackedWeight) -> Tensor:
 
 def wq_linear(x: Tensor, weight: PackedWeight) -> Tensor:
     """x @ w^T. Shapes: x (..., K) bf16 or fp32 -> (..., N) in x's type."""
-    if native.serves("wq_linear", x):
+    is_few = x.device.type == "cpu" or x.numel() <= CUDA_ROWS * x.shape[-1]
+    if is_few and native.serves("wq_linear", x):
         return torch.ops.ptm.wq_linear(x, *_tensors(weight), *_numbers(weight))
     return wq_linear_reference(x, weight)
 
@@ -245,7 +247,7 @@ torch.library.define(
 )
 
 
-@torch.library.impl("ptm::wq_linear", "CPU")
+@torch.library.impl("ptm::wq_linear", native.DEVICES)
 def _linear(x, codes, scale, zero, values, bits: int, group: int, num_outputs: int):
     x, y = x.contiguous(), _linear_result(x, codes, scale, zero, values, bits, group, num_outputs)
     inputs = x.shape[-1]

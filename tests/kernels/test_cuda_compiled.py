@@ -11,7 +11,14 @@ from tests.support.emulated import build_script, cuda_sources
 
 needs_nvcc = pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
 # A kernel's name has the widths that it is made for; these read rows, so must have the wide ones.
-WIDE = {"rmsnorm": ("Forward", "Backward"), "rope": ("Turn",), "router": ()}
+WIDE = {
+    "adamw": ("Sweep",),
+    "moe_plan": (),
+    "rmsnorm": ("Forward", "Backward"),
+    "rope": ("Turn",),
+    "router": (),
+    "wq": ("Linear",),
+}
 
 
 @pytest.mark.slow

@@ -1,11 +1,13 @@
 """The CUDA kernels on a GPU, each against its definition in fp64; `make test-gpu` runs them. Their
 first run on a device is still to come (docs/kernels.md)."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from ptm.common.errors import KernelError
-from ptm.kernels import native, rmsnorm, rope, router
+from ptm.kernels import adamw, moe_mlp, native, quant_linear, rmsnorm, rope, router  # noqa: F401
 from tests.support.native import error
 
 DEVICE = "cuda"
@@ -121,3 +123,68 @@ def test_attention_router(T, E, A, dtype):
 def test_a_tensor_of_another_device_is_refused():
     with pytest.raises(KernelError, match="argument 1 of shape .* on cpu is not contiguous in"):
         native.call("router_top", draw(2, 4), torch.ones(4), None, None, 2, 4, 2)
+
+
+@pytest.mark.parametrize("grad_dtype", [FP32, BF16], ids=str)
+@pytest.mark.parametrize("late", [None, 5e-3], ids=["on time", "a step late"])
+@pytest.mark.parametrize("is_int8", [False, True], ids=["fp32 moments", "int8 moments"])
+@pytest.mark.parametrize("n", [0, 1, 129, 100_003])
+def test_adamw_page_has_the_bits_of_the_cpus(n, is_int8, late, grad_dtype):
+    if not native.has("adamw_page"):
+        pytest.skip("no kernel for this CPU")
+    blocks = -(-n // 128)
+    kinds = (torch.int8, torch.uint8) if is_int8 else (FP32, FP32)
+    grad = draw(n, dtype=grad_dtype, seed=3).detach()
+
+    def swept(device):
+        weight, rest = draw(n, dtype=BF16).detach(), draw(n, seed=1, scale=1e4).detach().short()
+        m, v = (draw(n, seed=s, scale=50).detach().abs().to(k) for s, k in zip((4, 5), kinds))
+        scales = [torch.full((blocks,), 1e-3) for _ in range(2)] if is_int8 else None
+        all_of = [weight, rest, m, v, *(scales or [])]
+        weight, rest, m, v, *scales = (t.to(device, copy=True) for t in all_of)
+        stored = adamw.Stored(weight, rest, m, v, tuple(scales) if is_int8 else None)
+        copy = weight.new_empty(n)
+        square = torch.zeros(1, dtype=torch.float64, device=device)
+        adamw.adamw_page(stored, grad.to(device), scale=0.3, step=3, lr=1e-2, betas=(0.9, 0.95),
+                         eps=1e-8, weight_decay=0.1, middle=n // 3, last_lr=late, copy=copy,
+                         square=square)  # fmt: skip
+        return [t.cpu() for t in (weight, rest, m, v, *scales, copy)], square.cpu()
+
+    (found, square), (wanted, exact) = swept(DEVICE), swept("cpu")
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    assert error(square, exact) <= 1e-12
+
+
+@pytest.mark.parametrize(("T", "A", "E"), [(0, 2, 4), (1, 1, 1), (33, 2, 5), (40_001, 2, 300)])
+def test_moe_plan(T, A, E):
+    draw = torch.Generator().manual_seed(T)
+    ids = torch.randint(0, E, (T, A), generator=draw)
+    order, starts = torch.ops.ptm.moe_plan(ids.to(DEVICE), E)
+    assert torch.equal(order.cpu(), torch.argsort(ids.flatten(), stable=True))
+    ends = torch.bincount(ids.flatten(), minlength=E).cumsum(0)
+    assert starts[0] == 0 and torch.equal(starts[1:].cpu(), ends)
+
+
+@each_type
+@pytest.mark.parametrize("is_symmetric", [True, False])
+@pytest.mark.parametrize("bits", [4, 6, 8])
+@pytest.mark.parametrize(
+    "shape", [(0, 16, 32), (1, 1, 1), (2, 37, 200), (1, 8192, 2048), (8, 50, 8192)], ids=str
+)
+def test_wq_linear(shape, bits, is_symmetric, dtype):
+    T, N, K = shape
+    draw_codes = torch.Generator().manual_seed(N)
+    G = -(-K // 64)
+    codes = torch.randint(0, 2**bits, (N, K), generator=draw_codes, dtype=torch.uint8)
+    scale = torch.rand(N, G, generator=draw_codes) + 0.5
+    zero = torch.randint(0, 15, (N, G), generator=draw_codes, dtype=torch.uint8)
+    values = (torch.arange(64) - 20.0) / 4 if bits == 6 else None
+    packed = quant_linear.pack(codes, scale.half(), None if is_symmetric or bits == 6 else zero,
+                               bits=bits, group=64, values=values)  # fmt: skip
+    x = draw(T, K, dtype=dtype, seed=1).detach()
+    expected = x.cpu().double() @ quant_linear.unpack(packed).double().t()
+    tensors = ("codes", "scale", "zero", "values")
+    moved = {k: t.to(DEVICE) for k in tensors if (t := getattr(packed, k)) is not None}
+    on_device = dataclasses.replace(packed, **moved)
+    found = twice(lambda: [quant_linear.wq_linear(x, on_device)])
+    check(found, [expected], 1e-6 if dtype is FP32 else 2.5e-3)

@@ -140,6 +140,18 @@ def test_the_order_is_a_stable_sort():
         torch.ops.ptm.moe_plan(ids, 3)
 
 
+@needs_library
+@pytest.mark.parametrize(("T", "A", "E"), [(0, 2, 4), (1, 1, 1), (33, 2, 5), (4099, 1, 300)])
+@pytest.mark.parametrize("used", [1, 9999], ids=["to one", "to all"])
+def test_the_order_at_awkward_sizes(T, A, E, used):
+    draw = torch.Generator().manual_seed(T)
+    ids = torch.randint(max(E - used, 0), E, (T, A), generator=draw)
+    order, starts = torch.ops.ptm.moe_plan(ids, E)
+    assert torch.equal(order, torch.argsort(ids.flatten(), stable=True))
+    ends = torch.bincount(ids.flatten(), minlength=E).cumsum(0)
+    assert starts[0] == 0 and torch.equal(starts[1:], ends)
+
+
 @pytest.mark.parametrize("shape", [(9, 48, 32, 4, 2, 4), (9, 32, 24, 4, 2, 4)], ids=str)
 def test_other_sizes_take_the_reference(shape):
     x, ids, weights, w1, w2, grad = inputs(*shape)
