@@ -1,4 +1,4 @@
-// rows x weights^T with the weights of packed.h, in three ways:
+// rows x weights^T with the weights of packed.h, with AVX-512 in three ways (without: wide.h):
 //
 //   few rows (up to 4; any number without AMX, 8 at a time)
 //            codes become bf16 in registers and meet pairs of inputs by VDPBF16PS: what bounds it
@@ -6,15 +6,18 @@
 //   more     rows become AMX tiles, as many as half of L2 holds; 32 outputs of up to 256 inputs
 //            become tiles in L1 (16 KiB), 128 rows pass over them in steps of 32, and the sums leave
 //            the tiles once a group, times its scale
-//   plain    fp32 rows, and CPUs without AVX-512
+//   plain    fp32 rows
 //
 // What becomes of the sums is the caller's: take(row, first output, 16 sums, how many count).
 #pragma once
 
 #include "../common/amx.h"
 #include "packed.h"
+#include "wide.h"
 
 namespace PTM_NAMESPACE {
+
+#if PTM_ISA_AVX512
 
 constexpr int64_t GRAIN = 4;  // panels of a part
 
@@ -65,8 +68,6 @@ void plain_panel(const T* x, int64_t inputs, int64_t M, const float* sums, const
     for (int64_t r = 0; r < rows; r++) take(m0 + r, p * PANEL, out[r], outputs_of(w, p));
   }
 }
-
-#if PTM_ISA_AVX512
 
 constexpr int64_t AHEAD = 2048;  // bytes of codes asked for before their use
 
@@ -300,21 +301,25 @@ int fast_linear(const bf16* x, int64_t inputs, int64_t M, const float* sums, con
 // x (M, inputs), contiguous, against all of w.
 template <class T, class F>
 int linear(const T* x, int64_t inputs, int64_t M, const Packed& w, int64_t threads, F take) {
+#if PTM_ISA_AVX512
   Scratch<float> sums(w.zero ? (M + 31) / 32 * 32 * w.groups() : 1);
   if (!sums.data) return PTM_NO_MEMORY;
   for (int64_t m = 0; w.zero && m < M; m++)
     group_sums(x + m * inputs, inputs, w, sums.data + m * w.groups());
-#if PTM_ISA_AVX512
   if constexpr (sizeof(T) == 2) {
     if (w.bits == 4) return fast_linear<4>(x, inputs, M, sums.data, w, threads, take);
     if (w.bits == 6) return fast_linear<6>(x, inputs, M, sums.data, w, threads, take);
     return fast_linear<8>(x, inputs, M, sums.data, w, threads, take);
   }
-#endif
   parallel_for(w.panels(), GRAIN, threads, [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; p++) plain_panel(x, inputs, M, sums.data, w, p, take);
   });
   return PTM_OK;
+#else
+  if (w.bits == 4) return wide_linear<4>(x, inputs, M, w, threads, take);
+  if (w.bits == 6) return wide_linear<6>(x, inputs, M, w, threads, take);
+  return wide_linear<8>(x, inputs, M, w, threads, take);
+#endif
 }
 
 }  // namespace PTM_NAMESPACE

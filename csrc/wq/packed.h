@@ -10,7 +10,8 @@
 //   8 bits   block = 4 inputs, 64 bytes: byte 16k+n = code of input k less 128, signed
 //
 // codes (panels, inputs up to 32, ...); scale fp16 or fp32 (panels, groups, 16); zero int8, less its
-// middle, likewise or null; values fp32 (2^bits,), of each code at scale 1, integers less the middle.
+// middle, likewise or null; values fp32 (2^bits,), of each code at scale 1: integers less the
+// middle, or of 6 bits numbers whose sign is the top bit.
 // Each is exact in bf16, so a product with bf16 rows is rounded in the fp32 sums only: weights are
 // never rounded, as a group's scale multiplies the group's sum.
 #pragma once

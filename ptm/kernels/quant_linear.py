@@ -65,7 +65,8 @@ def pack(
     """Lay one linear's codes out for the kernels.
 
     Shapes: codes (N, K) uint8, scale (N, G) fp16, bf16 or fp32, zero (N, G) uint8 or None for
-    2^(bits-1); group a multiple of 32, or 0 for one scale a row; values (64,) with 6 bits.
+    2^(bits-1); group a multiple of 32, or 0 for one scale a row; values (64,) with 6 bits,
+    of which the top one is the sign.
     """
     N, K = codes_NK.shape
     assert bits in (4, 6, 8) and (bits == 6) == (values is not None), (bits, values)
@@ -73,6 +74,7 @@ def pack(
     if values is None:
         values = torch.arange(2**bits, dtype=torch.float32) - 2 ** (bits - 1)
     assert torch.equal(values, values.bfloat16().float()), "values are exact in bf16"
+    assert bits != 6 or torch.equal(values[32:], -values[:32]), "the top bit is the sign"
     padded = F.pad(codes_NK, (0, -K % STEP, 0, -N % PANEL))
     panels = padded.view(-1, PANEL, padded.shape[1])
     scale = scale_NG if scale_NG.dtype is torch.float16 else scale_NG.float()
