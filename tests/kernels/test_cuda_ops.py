@@ -178,7 +178,8 @@ def test_wq_linear(shape, bits, is_symmetric, dtype):
     codes = torch.randint(0, 2**bits, (N, K), generator=draw_codes, dtype=torch.uint8)
     scale = torch.rand(N, G, generator=draw_codes) + 0.5
     zero = torch.randint(0, 15, (N, G), generator=draw_codes, dtype=torch.uint8)
-    values = (torch.arange(64) - 20.0) / 4 if bits == 6 else None
+    sizes = torch.arange(32) / 4
+    values = torch.cat([sizes, -sizes]) if bits == 6 else None
     packed = quant_linear.pack(codes, scale.half(), None if is_symmetric or bits == 6 else zero,
                                bits=bits, group=64, values=values)  # fmt: skip
     x = draw(T, K, dtype=dtype, seed=1).detach()
