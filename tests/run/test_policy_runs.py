@@ -1,0 +1,109 @@
+"""Runs that learn from rewards: killed within a rollout, and begun again."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.support import runs
+
+pytestmark = pytest.mark.slow
+STEPS = 6
+
+REWARD = """
+import os, time
+def paid(question, answer, text):
+    if os.path.exists({pause!r}):
+        open({paused!r}, "w").close()
+        time.sleep(50)
+    return len(text) % 5 / 4
+"""
+
+
+def words(folder: Path, base: Path, text: Path, mode: str, **changes) -> list[str]:
+    given = {
+        "mode": mode,
+        "train.init_from": base,
+        "train.steps": STEPS,
+        "train.seq_len": 64,
+        "train.batch_tokens": 64 * 16,
+        "train.micro_batch_size": 8,
+        "checkpoint.interval": 2,
+        "eval.interval": 3,
+        "eval.rows": 2,
+    }
+    if mode == "grpo":
+        given |= {"grpo.task_rows": 40, "grpo.tasks": "[larger,count]"}
+    return runs.words(folder, text, **given | changes)
+
+
+def finish(done: subprocess.CompletedProcess[str]) -> None:
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def base(text: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that has learned to end its answers."""
+    folder = tmp_path_factory.mktemp("base")
+    finish(runs.launch(0, runs.words(folder / "first", text, train__steps=2), cache))
+    changes = {"train.steps": 40, "train.lr": "5e-3", "checkpoint.interval": 40, "sft.answers": 0}
+    changes |= {"sft.task_rows": 100, "sft.tasks": "[larger,count]", "eval.interval": 40}
+    finish(runs.launch(0, words(folder / "run", folder / "first", text, "sft", **changes), cache))
+    return folder / "run"
+
+
+def kill_when(is_time: Callable[[], bool], command: list[str], cache: Path) -> None:
+    """Start a run, and kill it and its children at a time of its own."""
+    with subprocess.Popen(
+        command,
+        env=runs.environment(cache),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    ) as process:
+        while not is_time():
+            assert process.poll() is None
+            time.sleep(0.005)
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def num_logged(folder: Path) -> int:
+    file = folder / "metrics.jsonl"
+    return file.read_bytes().count(b"\n") if file.exists() else 0
+
+
+def test_rewards_after_a_kill_within_a_rollout(
+    base: Path, text: Path, cache: Path, tmp_path: Path
+) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    pause, paused = tmp_path / "pause", tmp_path / "paused"
+    reward = tmp_path / "mine.py"
+    reward.write_text(REWARD.format(pause=str(pause), paused=str(paused)))
+    changes = {
+        "grpo.reward": f"{reward}:paid",
+        "grpo.reward_timeout_s": 60,
+        "grpo.group_size": 4,
+        "grpo.max_new_tokens": 6,
+        "grpo.eval_prompts": 4,
+    }
+    finish(runs.launch(0, words(whole, base, text, "grpo", **changes), cache))
+    log = runs.log(whole)
+    assert any(row["equal_groups"] < 1 and row["grad_norm"] > 0 for row in log[3:])
+
+    again = words(killed, base, text, "grpo", **changes)
+
+    def is_awaited() -> bool:  # a reward of step 4 or later
+        if num_logged(killed) >= 3:
+            pause.touch()
+        return paused.exists()
+
+    kill_when(is_awaited, runs.command(0, again), cache)
+    pause.unlink()
+    assert len(runs.log(killed)) < STEPS
+    finish(runs.launch(0, again, cache))
+    assert runs.log(killed) == log
+    assert runs.digests(killed, STEPS) == runs.digests(whole, STEPS)
