@@ -89,6 +89,7 @@ def make_plan(
         recipe.train,
         recipe.engine,
         recipe.checkpoint,
+        recipe.adapter,
         ranks=ranks or env.ranks(),
         hardware=hardware,
         folders=hardware_folders(),

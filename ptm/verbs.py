@@ -94,6 +94,7 @@ def plan(job: PlanJob | PlanExportJob) -> None:
             job.train,
             job.engine,
             job.checkpoint,
+            job.adapter,
             ranks=ranks,
             hardware=job.hardware,
             folders=hardware_folders(),

@@ -66,15 +66,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wide = torch.promote_types(x.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=x.device)
         grad_x = torch.empty_like(x) if with_grad else None
-        grad_weight = torch.zeros_like(weight, dtype=wide) if with_grad else None
+        is_trained = with_grad and ctx.needs_input_grad[1]
+        grad_weight = torch.zeros_like(weight, dtype=wide) if is_trained else None
         size = min(chunk_tokens(weight.shape[0]), x.shape[0])
         chunk = x.new_empty(size, weight.shape[0])
         for start in range(0, x.shape[0], max(size, 1)):
             rows = x[start : start + size]
             logits = torch.mm(rows, weight.t(), out=chunk[: rows.shape[0]])
             total += _nll_and_grad(logits, labels[start : start + size])
-            if grad_x is not None and grad_weight is not None:
+            if grad_x is not None:
                 torch.mm(logits, weight, out=grad_x[start : start + size])
+            if grad_weight is not None:
                 grad_weight += logits.t() @ rows
         ctx.save_for_backward(grad_x, grad_weight)
         ctx.weight_dtype = weight.dtype
@@ -83,7 +85,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         grad_x, grad_weight = ctx.saved_tensors
-        return grad_x * grad, (grad_weight * grad).to(ctx.weight_dtype), None, None
+        if grad_weight is not None:
+            grad_weight = (grad_weight * grad).to(ctx.weight_dtype)
+        return grad_x * grad, grad_weight, None, None
 
 
 def _nll_and_grad(logits: Tensor, labels: Tensor) -> Tensor:

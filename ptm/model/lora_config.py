@@ -31,3 +31,7 @@ class AdapterConfig:
         if unknown or not self.targets:
             remedy = f"choose of {', '.join(ROLES)}"
             raise RecipeError(line("adapter.targets", self.targets, "must name roles", remedy))
+
+
+ALL_WEIGHTS = AdapterConfig()
+"No adapter."

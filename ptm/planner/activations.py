@@ -9,6 +9,8 @@ and at the embedding in the end, less is held:
     attention  that of its attention, which at long sequences makes large blocks of scores
 
 With recompute=block, layers save their input only and one layer at a time is saved whole.
+Beside frozen weights, layers save their changed weights, and the head has no gradient. (With no
+change below its experts the first layer saves less than is counted.)
 
 Symbols: T tokens of a micro-batch, D hidden, P attention width, E experts, e experts of this rank,
 A active, F expert hidden, R rows of experts, V vocabulary, c bytes of the compute format.
@@ -26,6 +28,7 @@ from ptm.kernels import loss as loss_kernel
 from ptm.kernels import moe_mlp as moe_kernel
 from ptm.kernels.permute import grouped_rows
 from ptm.model.config import RouterKind
+from ptm.model.lora_config import AdapterKind
 from ptm.planner.job import Job
 
 FP32, INT64 = 4, 8
@@ -39,7 +42,8 @@ def activations(job: Job) -> int:
 def moments(job: Job) -> dict[str, int]:
     m, c, T = job.model, job.compute_bytes, job.micro_rows * job.seq_len
     D, V, layers = m.hidden_size, m.vocab_size, m.num_hidden_layers
-    row_bytes, head, head_fp32 = T * D * c, V * D * c, V * D * FP32
+    head_numel = 0 if _is_frozen(job) else V * D
+    row_bytes, head, head_fp32 = T * D * c, head_numel * c, head_numel * FP32
     layer = saved_by_layer(job)
     # Recomputed blocks keep their input and which experts each token was sent to.
     input_bytes = T * D * c + T * m.num_experts_per_tok * INT64
@@ -65,7 +69,7 @@ def _loss(job: Job) -> int:
     V = m.vocab_size
     chunk = min(T, loss_kernel.chunk_tokens(V))
     slices = 2 * min(max(1, loss_kernel.SLICE_LOGITS // V), chunk) * V * FP32
-    head = V * m.hidden_size
+    head = 0 if _is_frozen(job) else V * m.hidden_size
     return chunk * V * c + max(slices, head * c + _widened(job, head))
 
 
@@ -78,16 +82,41 @@ def saved_by_layer(job: Job) -> int:
     """What one layer keeps for its backward, in the order of the forward."""
     m, c, T = job.model, job.compute_bytes, job.micro_rows * job.seq_len
     D, P, E, A = m.hidden_size, m.attention_projection_size, m.num_experts, m.num_experts_per_tok
-    filtered = D + D + 2 * D + D + D + D  # input, normed, pairs of conv1, of conv2, sum, z
-    attention = 4 * P  # queries, keys, values, result
-    moe_input = D + D  # residual, normed
+    # A product keeps its rows for the gradient of its weight only.
+    pairs = 3 * D if _trains(job, "lfa") else 0  # of conv1 and of conv2
+    filtered = D + D + pairs + D + D  # input, normed, sum, z
+    attention = 3 * P + (P if _trains(job, "o") else 0)  # queries, keys, values, result
+    moe_input = D + (D if _trains(job, "experts") else 0)  # residual, normed
     rows = T * c * (filtered + attention + moe_input)
     taps = 2 * D * D * c  # both convolutions as matrices
     scales = 3 * T * FP32
     scores = 3 * E if m.router is RouterKind.attention else E
     router = T * (scores + E + A) * FP32 + 2 * T * A * INT64
     router += 3 * E * D * c if m.router is RouterKind.attention else 0
-    return rows + _kept_scores(job) + taps + scales + router + _expert_rows(job)
+    own = rows + _kept_scores(job) + taps + scales + router + _expert_rows(job)
+    return own + _changed_weights(job)
+
+
+def _trains(job: Job, role: str) -> bool:
+    return not _is_frozen(job) or role in job.adapter.targets
+
+
+def _is_frozen(job: Job) -> bool:
+    return job.adapter.kind is AdapterKind.lora
+
+
+def _changed_weights(job: Job) -> int:
+    """Of one layer: the weights in use, W + change."""
+    if not _is_frozen(job):
+        return 0
+    m, roles = job.model, set(job.adapter.targets)
+    D, P = m.hidden_size, m.attention_projection_size
+    projections = 2 * bool(roles & {"q", "k"}) + ("v" in roles) + ("o" in roles)
+    experts = 3 * (m.num_experts // job.ep) * m.moe_intermediate_size * D
+    convolutions = 2 * D * D  # D -> D / 2 and back, two taps
+    return job.compute_bytes * (
+        projections * D * P + ("experts" in roles) * experts + ("lfa" in roles) * convolutions
+    )
 
 
 def _kept_scores(job: Job) -> int:

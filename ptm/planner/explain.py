@@ -19,6 +19,7 @@ from ptm.common.plan import Plan
 from ptm.common.units import format_bytes, parse_bytes
 from ptm.engine.config import EngineConfig, MomentsKind
 from ptm.model.config import ModelConfig
+from ptm.model.lora_config import ALL_WEIGHTS, AdapterConfig
 from ptm.planner.hardware import Hardware, detect, load
 from ptm.planner.job import Job
 from ptm.planner.price import plan_of, price
@@ -53,6 +54,7 @@ def plan_run(
     train: TrainSection,
     engine: EngineConfig,
     checkpoint: CheckpointSection,
+    adapter: AdapterConfig = ALL_WEIGHTS,
     *,
     ranks: Ranks,
     hardware: str | None = None,
@@ -73,6 +75,7 @@ def plan_run(
         train,
         engine,
         checkpoint,
+        adapter,
         ranks=ranks,
         hardware=hardware,
         folders=folders,
@@ -82,7 +85,7 @@ def plan_run(
         sizes = (
             (
                 words,
-                job_of(m, t, engine, checkpoint, ranks=ranks.world, device=machine.device),
+                job_of(m, t, engine, checkpoint, adapter, ranks=ranks.world, device=machine.device),
             )
             for words, m, t in others
         )
@@ -95,6 +98,7 @@ def settle(
     train: TrainSection,
     engine: EngineConfig,
     checkpoint: CheckpointSection,
+    adapter: AdapterConfig = ALL_WEIGHTS,
     *,
     ranks: Ranks,
     hardware: str | None = None,
@@ -103,7 +107,9 @@ def settle(
 ) -> tuple[Job, Hardware]:
     """The job and the machine of a plan, with the machine's speed where that is known."""
     machine = _machine(ranks, hardware, folders, engine)
-    wanted = job_of(model, train, engine, checkpoint, ranks=ranks.world, device=machine.device)
+    wanted = job_of(
+        model, train, engine, checkpoint, adapter, ranks=ranks.world, device=machine.device
+    )
     if hardware is None:
         machine = with_speed(machine, wanted, may_measure=may_measure, ssd_path=_path(engine))
     return wanted, machine
@@ -126,6 +132,7 @@ def job_of(
     train: TrainSection,
     engine: EngineConfig,
     checkpoint: CheckpointSection,
+    adapter: AdapterConfig = ALL_WEIGHTS,
     *,
     ranks: int,
     device: str,
@@ -161,6 +168,7 @@ def job_of(
         ssd_bytes=budget("ssd_bytes"),
         has_ssd=engine.ssd_path is not None,
         journal_every=engine.journal_every,
+        adapter=adapter,
     )
 
 

@@ -89,7 +89,7 @@ def _units(
             UnitWork(
                 name="root" if is_root else f"block {index - 1}",
                 weights=pages.weights.pages(start, stop),
-                gradients=pages.grads.pages(start, stop),
+                gradients=pages.grads.pages(start, min(stop, pages.trained)),
                 updates=_updates(pages, start, stop),
                 forward_s=scale * (times.root_forward if is_root else times.block_forward),
                 backward_s=scale * (times.root_backward if is_root else times.block_backward),

@@ -6,11 +6,14 @@ Nothing here knows a formula; ptm/planner/states.py, activations.py and step_tim
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass, replace
 
 from ptm.common.units import MIB
 from ptm.engine.layout import Format, Named
 from ptm.model.config import ModelConfig
+from ptm.model.lora import add_lora
+from ptm.model.lora_config import ALL_WEIGHTS, AdapterConfig, AdapterKind
 from ptm.model.transformer import Transformer
 
 
@@ -42,6 +45,8 @@ class Job:
     has_ssd: bool = False
     journal_every: int = 1
     """Steps between two commits of the ssd tier."""
+    adapter: AdapterConfig = ALL_WEIGHTS
+    """What is trained, where it is not all."""
 
     @property
     def compute_bytes(self) -> int:
@@ -72,19 +77,30 @@ class Job:
 
 def shapes(model: ModelConfig) -> list[tuple[int, ...]]:
     """Shapes of all parameters in order, from a model of one layer without memory."""
-    before, block, after = _parts(model)
+    before, block, after = _parts(model, ALL_WEIGHTS)
     named = before + block * model.num_hidden_layers + after
     return [member.shape for member in named]
 
 
-def units(model: ModelConfig) -> tuple[list[Named], list[Named]]:
+def units(model: ModelConfig, adapter: AdapterConfig) -> tuple[list[Named], list[Named]]:
     """Parameters of the root and of one block, as the engine groups them."""
-    before, block, after = _parts(model)
+    before, block, after = _parts(model, adapter)
     return before + after, block
 
 
-def _parts(model: ModelConfig) -> tuple[list[Named], list[Named], list[Named]]:
-    one = _one_layer(replace(model, num_hidden_layers=1))
+def trained(job: Job) -> int:
+    """Parameters that have gradients, of all ranks."""
+    root, block = (
+        sum(math.prod(member.shape) for member in members if not member.is_frozen)
+        for members in units(job.model, job.adapter)
+    )
+    return root + job.model.num_hidden_layers * block
+
+
+def _parts(
+    model: ModelConfig, adapter: AdapterConfig
+) -> tuple[list[Named], list[Named], list[Named]]:
+    one = _one_layer(replace(model, num_hidden_layers=1), adapter)
     is_block = [".layers.0." in member.name for member in one]
     first = is_block.index(True)
     last = first + sum(is_block)
@@ -92,6 +108,11 @@ def _parts(model: ModelConfig) -> tuple[list[Named], list[Named], list[Named]]:
 
 
 @functools.lru_cache(maxsize=1024)
-def _one_layer(model: ModelConfig) -> list[Named]:
-    named = Transformer(model, device="meta").named_parameters()
-    return [Named(name, tuple(p.shape), ".experts." in name) for name, p in named]
+def _one_layer(model: ModelConfig, adapter: AdapterConfig) -> list[Named]:
+    made = Transformer(model, device="meta")
+    if adapter.kind is AdapterKind.lora:
+        add_lora(made, adapter)
+    return [
+        Named(name, tuple(p.shape), ".experts." in name, not p.requires_grad)
+        for name, p in made.named_parameters()
+    ]

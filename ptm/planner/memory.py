@@ -133,6 +133,11 @@ def _pages(job: Job, tier: str, count: int, pages: PageMap) -> list[Need]:
     fmt = job.format
     state = fmt.state_block_bytes / 128
     shown = f"{fmt.weight_bytes} + {state:g} + {FP32} B, {pages.numel:,} parameters of this rank"
+    if pages.trained < pages.numel:
+        shown = (
+            f"{fmt.weight_bytes} B, {pages.numel:,} parameters of this rank; {state:g} + {FP32} B, "
+            f"{pages.trained:,} of them trained"
+        )
     share = "" if count == pages.num_pages else f"{count:,} of {pages.num_pages:,} pages: "
     return [Need("pages", count * job.page_bytes, share + shown, tier)]
 
@@ -158,7 +163,7 @@ def _copy_for_saving(job: Job) -> list[Need]:
     """Background checkpoints are written from a copy in the host's memory."""
     if not job.has_snapshot:
         return []
-    size = states.layout(job).numel * COPIED_BYTES
+    size = states.layout(job).trained * COPIED_BYTES
     return [Need("copy for saving", size, "checkpoint.background", "cpu")]
 
 

@@ -20,7 +20,7 @@ from ptm.common.units import format_bytes
 from ptm.model.config import active_parameters, flops_per_token, num_parameters
 from ptm.planner import states
 from ptm.planner.hardware import Hardware
-from ptm.planner.job import Job
+from ptm.planner.job import Job, trained
 from ptm.planner.memory import COPIED_BYTES, Memory, memory, tier_bytes
 from ptm.planner.step_time import spent, step_s, wire_of
 
@@ -99,7 +99,7 @@ def plan_of(job: Job, hardware: Hardware, *, is_compared: bool = False) -> Plan:
         page_waste=states.page_map(job).waste,
         angel_waste=states.angel_waste(job),
         machine=machines(job.ranks, hardware),
-        checkpoint_bytes=num_parameters(job.model) * COPIED_BYTES,
+        checkpoint_bytes=trained(job) * COPIED_BYTES,
         spent=times,
         step_s=best.step_s,
         wire_bytes=wire.total_bytes,

@@ -14,13 +14,23 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from ptm.engine import budget
-from ptm.engine.layout import ALIGN, Layout, PageMap, Unit, make_layout
+from ptm.engine.layout import ALIGN, Group, Layout, PageMap, Unit, make_layout
 from ptm.engine.states import CHUNK
 from ptm.model.config import ModelConfig
+from ptm.model.lora_config import AdapterConfig
 from ptm.planner.job import Job, units
 
 UPDATE_BYTES = 4 * 4 * CHUNK
 """fp32 copies of a chunk of master, gradient and moments, in which the update works."""
+
+
+class Owned(NamedTuple):
+    """Elements in the flat space of a rank, of the root and of a block."""
+
+    root: int
+    block: int
+    trained_root: int
+    trained_block: int
 
 
 class Parts(NamedTuple):
@@ -39,30 +49,34 @@ class Parts(NamedTuple):
 def layout(job: Job) -> Layout:
     """The layout of the rank that owns most, in which blocks are one and the same."""
     model = job.model
-    root, block, owned = _units(replace(model, num_hidden_layers=1), job.ranks, job.ep)
+    one = replace(model, num_hidden_layers=1)
+    root, block, owned = _units(one, job.adapter, job.ranks, job.ep)
     layers = model.num_hidden_layers
-    numel = max(r + layers * b for r, b in owned)
-    return Layout((root, *[block] * layers), numel, numel)
+    numel = max(o.root + layers * o.block for o in owned)
+    trained = max(o.trained_root + layers * o.trained_block for o in owned)
+    return Layout((root, *[block] * layers), numel, trained)
 
 
 @functools.lru_cache(maxsize=4096)
 def _units(
-    model: ModelConfig, ranks: int, ep: int
-) -> tuple[Unit, Unit, tuple[tuple[int, int], ...]]:
+    model: ModelConfig, adapter: AdapterConfig, ranks: int, ep: int
+) -> tuple[Unit, Unit, tuple[Owned, ...]]:
     """Root and block of the rank that has most of a block, and what each rank owns of them."""
-    root, block = units(model)
+    root, block = units(model, adapter)
     named = [("root", root), ("block", block)]
     first = make_layout(named, world=ranks, ep=ep, rank=0)
-    of_root, of_block = (_owned(unit, ranks, ep) for unit in first.units)
+    of_root, of_block = (_owned(unit.groups, ranks, ep) for unit in first.units)
     most = of_block.index(max(of_block))
     placed = make_layout(named, world=ranks, ep=ep, rank=most).units
-    return placed[0], placed[1], tuple(sorted(set(zip(of_root, of_block))))
+    of_trained = (_owned(unit.trained, ranks, ep) for unit in first.units)
+    owned = map(Owned, of_root, of_block, *of_trained)
+    return placed[0], placed[1], tuple(sorted(set(owned)))
 
 
-def _owned(unit: Unit, ranks: int, ep: int) -> list[int]:
-    """Elements of a unit in the flat space of each rank."""
+def _owned(groups: Sequence[Group], ranks: int, ep: int) -> list[int]:
+    """Elements of groups in the flat space of each rank."""
     owned = [0] * ranks
-    for group in unit.groups:
+    for group in groups:
         for rank in range(ranks):
             index = rank if group.axis == "dp" else rank // ep
             size = group.cuts[index + 1] - group.cuts[index]
@@ -70,14 +84,16 @@ def _owned(unit: Unit, ranks: int, ep: int) -> list[int]:
     return owned
 
 
-def parts(unit: Unit) -> Parts:
-    sizes = {group.axis: group.numel for group in unit.groups}
-    return Parts(sizes.get("dp", 0), sizes.get("edp", 0))
+def parts(groups: Sequence[Group]) -> Parts:
+    """Of a unit's groups, or of those that are trained."""
+    dense, experts = (sum(g.numel for g in groups if g.axis == axis) for axis in ("dp", "edp"))
+    return Parts(dense, experts)
 
 
 def page_map(job: Job) -> PageMap:
     """The pages of the rank that owns most."""
-    return PageMap(layout(job).numel, job.page_bytes, job.format)
+    placed = layout(job)
+    return PageMap(placed.numel, job.page_bytes, job.format, trained=placed.trained)
 
 
 def gathered(job: Job) -> int:
@@ -110,7 +126,7 @@ def angel_waste(job: Job) -> float:
     """Share of memory lost if a page held at most two tensors, as AngelPTM's do, for the matrices
     of one rank in bf16: each expert's are tensors of their own there."""
     page, used, held = job.page_bytes, 0, 0
-    for members, count in zip(units(job.model), (1, job.model.num_hidden_layers)):
+    for members, count in zip(units(job.model, job.adapter), (1, job.model.num_hidden_layers)):
         tensors: list[int] = []
         for member in (m for m in members if len(m.shape) > 1):
             pieces = 1

@@ -15,11 +15,12 @@ the slowest one, and evaluation and saving, which are not part of a step.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from ptm.common.plan import Spent
 from ptm.common.units import format_bytes
-from ptm.engine.layout import Layout
+from ptm.engine.layout import Group
 from ptm.kernels.permute import grouped_rows
 from ptm.planner import states
 from ptm.planner.job import Job
@@ -160,21 +161,20 @@ def wire_of(job: Job) -> Wire:
         # The last block of a forward stays for its backward, the first for the next forward.
         block_gathers = M * (2 * layers - 2) + 1
     sums, width = (1, 4) if job.zero == 1 else (M, c)
-    sent = {"root": _sent(job, placed, 0), "block": _sent(job, placed, 1)}
-    gathered = c * (root_gathers * sent["root"] + block_gathers * sent["block"])
-    summed = width * sums * (sent["root"] + layers * sent["block"])
+    gathered = root_gathers * _sent(job, root.groups) + block_gathers * _sent(job, block.groups)
+    summed = sums * (_sent(job, root.trained) + layers * _sent(job, block.trained))
     calls = root_gathers * len(root.groups) + block_gathers * len(block.groups)
-    calls += sums * (len(root.groups) + layers * len(block.groups))
+    calls += sums * (len(root.trained) + layers * len(block.trained))
     trips = 6 if job.recompute == "block" else 4
     exchanges = M * layers * trips if job.ep > 1 else 0
     rows = job.micro_tokens * job.model.num_experts_per_tok * (job.ep - 1) / job.ep
     rows_bytes = exchanges * rows * job.model.hidden_size * c
-    return Wire(gathered, summed, rows_bytes, calls if job.ranks > 1 else 0, exchanges)
+    return Wire(c * gathered, width * summed, rows_bytes, calls if job.ranks > 1 else 0, exchanges)
 
 
-def _sent(job: Job, placed: Layout, index: int) -> float:
-    """Elements that a rank sends to gather a unit once, or to sum it once."""
-    dense, experts = states.parts(placed.units[index])
+def _sent(job: Job, groups: Sequence[Group]) -> float:
+    """Elements that a rank sends to gather groups once, or to sum them once."""
+    dense, experts = states.parts(groups)
     replicas = job.ranks // job.ep
     return dense * (job.ranks - 1) / job.ranks + experts * (replicas - 1) / replicas
 
@@ -192,10 +192,10 @@ def _copies_s(job: Job, speed: Speed) -> float:
 def _copied_bytes(job: Job) -> float:
     """Bytes read and written by the engine itself in a step."""
     placed = states.layout(job)
-    c, owned, M = job.compute_bytes, placed.numel, job.micro_batches
-    local = sum(unit.numel for unit in placed.units)
+    c, owned, M = job.compute_bytes, placed.trained, job.micro_batches
+    local = sum(unit.trained_numel for unit in placed.units)
     passes = 2 * M if job.zero == 3 else 1
-    weights = 2 * c * owned * passes
+    weights = 2 * c * placed.numel * passes
     sums = 1 if job.zero == 1 and job.ranks > 1 else M
     if job.zero == 1 and job.ranks > 1:
         arrived = local * (c + 8) * M
@@ -207,7 +207,7 @@ def _copied_bytes(job: Job) -> float:
 
 
 def _update_s(job: Job, speed: Speed, placed: Placed) -> float:
-    owned = states.layout(job).numel
+    owned = states.layout(job).trained
     on_gpu = placed.gpu / placed.total if placed.total else 0.0
     if job.device == "cpu":
         return owned / speed.host_adam * speed.slowdown
@@ -216,7 +216,7 @@ def _update_s(job: Job, speed: Speed, placed: Placed) -> float:
 
 def _updating(job: Job, placed: Placed) -> str:
     share = f", {placed.gpu / placed.total:.0%} on the device" if job.device == "cuda" else ""
-    return f"{states.layout(job).numel:,} parameters of this rank{share}"
+    return f"{states.layout(job).trained:,} parameters of this rank{share}"
 
 
 def _disk(job: Job, speed: Speed, placed: Placed) -> tuple[float, float]:
@@ -237,7 +237,7 @@ def _disk(job: Job, speed: Speed, placed: Placed) -> tuple[float, float]:
 def _moved_bytes(job: Job, placed: Placed) -> float:
     """Bytes over the link of host and device: weights up, gradient sums down."""
     share = (placed.cpu + placed.ssd) / placed.total
-    owned, M = states.layout(job).numel, job.micro_batches
+    placed_on, M = states.layout(job), job.micro_batches
     passes = 2 * M if job.zero == 3 else 1
     sums = 1 if job.zero == 1 else M
-    return share * owned * (job.compute_bytes * passes + 4 * sums)
+    return share * (placed_on.numel * job.compute_bytes * passes + placed_on.trained * 4 * sums)

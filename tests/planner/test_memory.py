@@ -16,6 +16,7 @@ from ptm.engine.engine import PagedEngine
 from ptm.kernels import loss as loss_kernel
 from ptm.mesh.mesh import Mesh
 from ptm.model.config import ModelConfig, RouterKind, Scale
+from ptm.model.lora_config import AdapterConfig, AdapterKind
 from ptm.planner import states
 from ptm.planner.activations import activations
 from ptm.planner.job import Job
@@ -98,6 +99,7 @@ def make(job: Job, mesh: Mesh) -> PagedEngine:
         recompute=job.recompute == "block",
         config=config,
         model=job.model,
+        adapter=job.adapter,
     )
 
 
@@ -188,6 +190,25 @@ def test_int8_moments(mesh: Mesh) -> None:
     planned, found = predict(job), measure(job, mesh)
     assert planned["states"] == pytest.approx(found["states"], rel=0.005)
     assert total(planned) == pytest.approx(total(found), rel=0.02)
+
+
+LORA_CASES = [
+    ("debug", "none", ("q", "v"), 1),
+    ("layers", "block", ("q", "k", "v", "o", "experts", "lfa"), 3),
+    ("big_experts", "none", ("v", "experts"), 1),
+    ("chunks", "none", ("q", "k", "v", "o"), 1),
+]
+
+
+@pytest.mark.parametrize("size, recompute, targets, zero", LORA_CASES)
+def test_low_rank_changes_beside_frozen_weights(
+    mesh: Mesh, size: str, recompute: str, targets: tuple[str, ...], zero: int
+) -> None:
+    adapter = AdapterConfig(kind=AdapterKind.lora, targets=targets)
+    job = make_job(size, "bf16", recompute, zero=zero, adapter=adapter)
+    planned, found = predict(job), measure(job, mesh)
+    assert planned["states"] == pytest.approx(found["states"], rel=0.005)
+    assert total(planned) == pytest.approx(total(found), rel=0.05)
 
 
 def measure_rank(rank: int, world: int, job: Job) -> tuple[int, int]:

@@ -85,7 +85,7 @@ def test_page_file_has_two_versions_of_what_lasts() -> None:
 
 
 def test_math_of_dense_and_expert_parts() -> None:
-    root, block = (states.parts(unit) for unit in states.layout(full(64, 8)).units[:2])
+    root, block = (states.parts(unit.groups) for unit in states.layout(full(64, 8)).units[:2])
     assert root.experts == 0 and root.dense == 135_040 * 2048 + 2048
     assert block.experts == 4 * 3 * 2048 * 8192
     assert block.numel == block.dense + block.experts

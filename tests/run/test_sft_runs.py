@@ -105,11 +105,11 @@ def test_lora_trains_the_adapter_only_and_resumes(
     newer = Path(shutil.copytree(base, tmp_path / "newer"))  # a base that goes on between stops
     for folder, stops in ((again, (4, STEPS)), (tmp_path / "straight", (STEPS,))):
         for steps in stops:
-            base = newer if folder is again else base
+            start = newer if folder is again else base
             if steps == STEPS and folder is again:
                 finish(runs.launch(0, runs.words(newer, text, train__steps=10), cache))
             more = changes | constant | {"train.steps": steps}
-            finish(runs.launch(2, words(folder, base, text, **more), cache))
+            finish(runs.launch(2, words(folder, start, text, **more), cache))
     assert runs.digests(again, STEPS) == runs.digests(tmp_path / "straight", STEPS)
     assert (
         ptm("eval", f"run={again}", "rows=4", cwd=tmp_path, env={"PTM_CACHE": str(cache)}).code == 0

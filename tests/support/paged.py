@@ -16,6 +16,8 @@ from ptm.mesh.mesh import Mesh
 from ptm.mesh.peers import Peers
 from ptm.model.config import ModelConfig
 from ptm.model.init import new_weight
+from ptm.model.lora import add_lora, use_lora
+from ptm.model.lora_config import ALL_WEIGHTS, AdapterConfig, AdapterKind
 from ptm.model.transformer import Transformer
 from ptm.optim.adamw import AdamW
 from ptm.optim.config import OptimConfig
@@ -106,9 +108,12 @@ def make_engine(
     clip: float = 1.0,
     num_exact: int = 0,
     streams: Streams | None = None,
+    adapter: AdapterConfig = ALL_WEIGHTS,
 ) -> PagedEngine:
     """An engine with the weights of seed 1. streams: of a device, or of what stands in for one."""
     transformer = Transformer(model, dtype=dtype, device="meta")
+    if adapter.kind is AdapterKind.lora:
+        add_lora(transformer, adapter)
     units = units_of(transformer)
     materialize_buffers(transformer, mesh.device)
     config = config or EngineConfig(page_mib=1, ep=mesh.ep.size())
@@ -130,6 +135,8 @@ def make_engine(
         num_exact=num_exact,
         open_tiers=open_tiers,
     )
+    if adapter.kind is AdapterKind.lora:
+        use_lora(transformer, adapter)
     if engine.restored is not None:
         engine.restore()
         engine.updates = engine.restored[1]["updates"]
