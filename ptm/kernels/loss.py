@@ -10,6 +10,9 @@ Logits have the type of x (bf16 in training) and are widened to fp32, in slices 
 before the softmax. The negative log-likelihood comes from the largest entry: -log p_y = (max - log
 p_max) - z_y, exact where p_y underflows.
 
+CPUs without products of bf16 (AVX2 and below) take 30 times as long for torch's own as for those of
+fp32: there a chunk's rows and a few words' weights at a time are widened, and logits stay fp32.
+
 That is the path of torch. On CPUs with AMX bf16 rows are served by csrc/linear_ce: logits of 1024
 words at a time stay fp32 and turn into softmax or gradient in tiles that never leave the cache, and
 the backward makes them anew, for it is one product more but no T x V tensor and no fp32 gradient of
@@ -30,6 +33,9 @@ IGNORED = -100
 CHUNK_LOGITS = 2**23  # 16 MiB of bf16 logits
 LEAST_CHUNK = 256  # tokens; fewer make a poor product
 SLICE_LOGITS = 2**19  # 2 MiB of fp32 probabilities
+WIDE_WEIGHTS = 2**21  # 8 MiB of weights in fp32
+# Asked once: torch.compile does not look inside.
+_WIDENS = torch.backends.mkldnn.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def linear_cross_entropy_reference(x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor) -> Tensor:
@@ -56,8 +62,13 @@ def is_compiled(x_TD: Tensor, weight_VD: Tensor) -> bool:
 
 
 def chunk_tokens(vocab_size: int) -> int:
-    """Tokens whose logits are held at once."""
+    """Tokens whose logits are held at once; half of them where logits are widened."""
     return max(LEAST_CHUNK, CHUNK_LOGITS // vocab_size)
+
+
+def is_widened(x_TD: Tensor) -> bool:
+    """Whether bf16 rows are multiplied in fp32."""
+    return _WIDENS and x_TD.dtype is torch.bfloat16 and x_TD.device.type == "cpu"
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -68,16 +79,30 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_x = torch.empty_like(x) if with_grad else None
         is_trained = with_grad and ctx.needs_input_grad[1]
         grad_weight = torch.zeros_like(weight, dtype=wide) if is_trained else None
-        size = min(chunk_tokens(weight.shape[0]), x.shape[0])
-        chunk = x.new_empty(size, weight.shape[0])
+        V, D = weight.shape
+        size, kind, num_words = chunk_tokens(V), x.dtype, V
+        if is_widened(x):
+            size, kind, num_words = size // 2, wide, max(1, WIDE_WEIGHTS // D)
+        size = min(size, x.shape[0])
+        chunk = x.new_empty(size, V, dtype=kind)
+        words = [slice(start, start + num_words) for start in range(0, V, num_words)]
         for start in range(0, x.shape[0], max(size, 1)):
-            rows = x[start : start + size]
-            logits = torch.mm(rows, weight.t(), out=chunk[: rows.shape[0]])
+            rows = x[start : start + size].to(kind)
+            logits = chunk[: rows.shape[0]]
+            for part in words:
+                torch.mm(rows, weight[part].to(kind).t(), out=logits[:, part])
             total += _nll_and_grad(logits, labels[start : start + size])
-            if grad_x is not None:
-                torch.mm(logits, weight, out=grad_x[start : start + size])
-            if grad_weight is not None:
-                grad_weight += logits.t() @ rows
+            if grad_x is None:
+                continue
+            by_rows = grad_x[start : start + size]
+            by_wide = by_rows if kind is x.dtype else rows.new_empty(rows.shape)
+            for i, part in enumerate(words):
+                w = weight[part].to(kind)
+                torch.addmm(by_wide, logits[:, part], w, beta=min(i, 1), out=by_wide)
+                if grad_weight is not None:
+                    grad_weight[part] += logits[:, part].t() @ rows
+            if by_wide is not by_rows:
+                by_rows.copy_(by_wide)
         ctx.save_for_backward(grad_x, grad_weight)
         ctx.weight_dtype = weight.dtype
         return total

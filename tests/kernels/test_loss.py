@@ -56,8 +56,25 @@ def test_the_sum_is_fp32_even_of_bf16_logits(small_chunks):
     labels = labels_for(53, 100, "some")
     found = linear_cross_entropy(x, weight, labels)
     assert found.dtype == torch.float32
+    if loss.is_widened(x):
+        x, weight = x.float(), weight.float()
     expected = linear_cross_entropy_reference(x, weight, labels)
     assert distance(found, expected) <= TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("T", [0, 1, 53])
+def test_without_products_of_bf16_rows_and_words_are_widened(T, small_chunks, monkeypatch):
+    monkeypatch.setattr(loss, "WIDE_WEIGHTS", 12 * 30)  # words in several parts
+    monkeypatch.setattr(loss, "is_widened", lambda x: True)
+    x, weight = random(T, 12, dtype=torch.bfloat16), random(100, 12, dtype=torch.bfloat16)
+    labels = labels_for(T, 100, "some")
+    found = linear_cross_entropy(x, weight, labels)
+    wide = [t.detach().double().requires_grad_() for t in (x, weight)]
+    expected = linear_cross_entropy_reference(*wide, labels)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-6, abs=1e-9)
+    grads = torch.autograd.grad(found, [x, weight]), torch.autograd.grad(expected, wide)
+    for a, b in zip(*grads, strict=True):
+        assert a.dtype is torch.bfloat16 and (a - b).norm() <= 2.5e-3 * b.norm()
 
 
 def test_all_masked_is_zero_with_gradients_of_zero():
