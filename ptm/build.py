@@ -27,6 +27,7 @@ from ptm.common.parse import schema_of
 from ptm.common.plan import Plan
 from ptm.data.corpus import Corpus, open_corpus
 from ptm.kernels import native
+from ptm.kernels.linear import product_dtype
 from ptm.mesh.mesh import open_mesh
 from ptm.mesh.peers import Peers
 from ptm.model.config import ModelConfig, Scale, flops_per_token
@@ -168,7 +169,7 @@ def open_run(recipe: Recipe, plan: Plan) -> Iterator[Parts]:
         )
         stack.callback(saver.close)
         saver.prepare(engine.state())
-        peak = peak_flops(mesh.device, DTYPES[recipe.train.precision])
+        peak = peak_flops(mesh.device, product_dtype(mesh.device, DTYPES[recipe.train.precision]))
         metrics.event(
             "resume" if state.step else "start",
             step=state.step,

@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ptm.kernels.linear import is_widened, matmul
+
 BLOCK = 128
 KEPT_LENGTH = 1024  # 1.1 KiB of bf16 per head and token there
 
@@ -73,7 +75,7 @@ class _BlockedAttention(torch.autograd.Function):
         out, kept = torch.empty_like(q), []
         for row, start, end, bias in _blocks(q, mask):
             p = _probabilities(q[row, :, start:end], k[row, :, :end], bias)
-            out[row, :, start:end] = p @ v[row, :, :end]
+            out[row, :, start:end] = matmul(p, v[row, :, :end])
             if q.shape[2] <= KEPT_LENGTH:
                 kept.append(p)
         ctx.save_for_backward(q, k, v, mask, *kept)
@@ -87,11 +89,11 @@ class _BlockedAttention(torch.autograd.Function):
             queries, keys, values = q[row, :, start:end], k[row, :, :end], v[row, :, :end]
             above = grad[row, :, start:end]
             p = kept[i] if kept else _probabilities(queries, keys, bias)
-            grad_v[row, :, :end] += p.transpose(1, 2) @ above
-            by_p = above @ values.transpose(1, 2)
+            grad_v[row, :, :end] += matmul(p.transpose(1, 2), above)
+            by_p = matmul(above, values.transpose(1, 2))
             by_score = torch.ops.aten._softmax_backward_data(by_p, p, -1, p.dtype)
-            grad_q[row, :, start:end] = by_score @ keys
-            grad_k[row, :, :end] += by_score.transpose(1, 2) @ queries
+            grad_q[row, :, start:end] = matmul(by_score, keys)
+            grad_k[row, :, :end] += matmul(by_score.transpose(1, 2), queries)
         scale = 1.0 / math.sqrt(q.shape[-1])
         return grad_q.mul_(scale), grad_k.mul_(scale), grad_v, None
 
@@ -118,4 +120,8 @@ def _blocks(q: Tensor, mask: Tensor | None):
 def _probabilities(queries: Tensor, keys: Tensor, bias: Tensor) -> Tensor:
     scale = 1.0 / math.sqrt(queries.shape[-1])
     bias = bias.expand(queries.shape[0], -1, -1)
+    if is_widened(queries):
+        bias, wide = bias.float(), queries.float()
+        scores = torch.baddbmm(bias, wide, keys.float().transpose(1, 2), alpha=scale)
+        return scores.softmax(-1).to(queries.dtype)
     return torch.baddbmm(bias, queries, keys.transpose(1, 2), alpha=scale).softmax(-1)

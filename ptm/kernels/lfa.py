@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ptm.kernels.linear import linear
 from ptm.kernels.rmsnorm import rms_norm
 
 
@@ -60,7 +61,7 @@ def lfa_reference(
 def _convolve(x_BLD: Tensor, conv: tuple[Tensor, Tensor], connected_BL: Tensor | None) -> Tensor:
     weight, bias = conv
     taps = torch.cat([weight[:, :, 0, 0], weight[:, :, 1, 0]], dim=1)
-    return F.linear(_WithPrevious.apply(x_BLD, connected_BL), taps, bias)  # type: ignore[arg-type]
+    return linear(_WithPrevious.apply(x_BLD, connected_BL), taps, bias)  # type: ignore[arg-type]
 
 
 class _WithPrevious(torch.autograd.Function):

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ptm.kernels.linear import matmul
 from ptm.kernels.loss import chunk_tokens
 
 
@@ -53,13 +54,13 @@ class _LinearLogProbs(torch.autograd.Function):
             g_T1 = grad[rows, None] / ctx.temperature
             p = _logits(x[rows], weight, ctx.temperature).softmax(-1).mul_(-g_T1)
             g = p.scatter_add_(1, labels[rows, None], g_T1).to(x.dtype)
-            grad_x[rows] = g @ weight
-            grad_weight += g.t() @ x[rows]
+            grad_x[rows] = matmul(g, weight)
+            grad_weight += matmul(g.t(), x[rows])
         return grad_x, grad_weight.to(weight.dtype), None, None
 
 
 def _logits(x: Tensor, weight: Tensor, temperature: float) -> Tensor:
-    logits = x @ weight.t()
+    logits = matmul(x, weight.t())
     return logits.to(torch.promote_types(x.dtype, torch.float32)) / temperature
 
 

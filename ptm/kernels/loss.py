@@ -10,8 +10,8 @@ Logits have the type of x (bf16 in training) and are widened to fp32, in slices 
 before the softmax. The negative log-likelihood comes from the largest entry: -log p_y = (max - log
 p_max) - z_y, exact where p_y underflows.
 
-CPUs without products of bf16 (AVX2 and below) take 30 times as long for torch's own as for those of
-fp32: there a chunk's rows and a few words' weights at a time are widened, and logits stay fp32.
+Where bf16 is multiplied in fp32 (ptm/kernels/linear.py), a chunk's rows and a few words' weights at
+a time are widened, and logits stay fp32.
 
 That is the path of torch. On CPUs with AMX bf16 rows are served by csrc/linear_ce: logits of 1024
 words at a time stay fp32 and turn into softmax or gradient in tiles that never leave the cache, and
@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ptm.kernels import native
+from ptm.kernels.linear import is_widened
 
 native.declare("linear_ce")
 
@@ -34,8 +35,6 @@ CHUNK_LOGITS = 2**23  # 16 MiB of bf16 logits
 LEAST_CHUNK = 256  # tokens; fewer make a poor product
 SLICE_LOGITS = 2**19  # 2 MiB of fp32 probabilities
 WIDE_WEIGHTS = 2**21  # 8 MiB of weights in fp32
-# Asked once: torch.compile does not look inside.
-_WIDENS = torch.backends.mkldnn.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def linear_cross_entropy_reference(x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor) -> Tensor:
@@ -64,11 +63,6 @@ def is_compiled(x_TD: Tensor, weight_VD: Tensor) -> bool:
 def chunk_tokens(vocab_size: int) -> int:
     """Tokens whose logits are held at once; half of them where logits are widened."""
     return max(LEAST_CHUNK, CHUNK_LOGITS // vocab_size)
-
-
-def is_widened(x_TD: Tensor) -> bool:
-    """Whether bf16 rows are multiplied in fp32."""
-    return _WIDENS and x_TD.dtype is torch.bfloat16 and x_TD.device.type == "cpu"
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

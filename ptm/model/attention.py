@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ptm.kernels.attention import causal_attention
 from ptm.kernels.lfa import lfa
+from ptm.kernels.linear import Linear
 from ptm.kernels.rope import rope_qk
 from ptm.model.cache import LayerCache
 from ptm.model.config import LFA_NORM_EPS, ModelConfig
@@ -52,10 +53,10 @@ class Attention(nn.Module):
         self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
         self.dropout = config.attention_dropout
         self.lf_gate = LocalizedFilter(config)
-        self.q_proj = nn.Linear(hidden, width, bias=False)
-        self.k_proj = nn.Linear(hidden, width, bias=False)
-        self.v_proj = nn.Linear(hidden, width, bias=False)
-        self.o_proj = nn.Linear(width, hidden, bias=False)
+        self.q_proj = Linear(hidden, width, bias=False)
+        self.k_proj = Linear(hidden, width, bias=False)
+        self.v_proj = Linear(hidden, width, bias=False)
+        self.o_proj = Linear(width, hidden, bias=False)
 
     def forward(self, n_BLD: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
         return self.o_proj(self.attend(self.filter(n_BLD, context, cache), n_BLD, context, cache))

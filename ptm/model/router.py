@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ptm.kernels.linear import linear
 from ptm.kernels.router import Chosen, attention_router, top_experts
 from ptm.model.config import ModelConfig, RouterKind
 
@@ -66,7 +67,7 @@ class AttentionRouter(nn.Module):
     def choose(self, x_TD: Tensor, bias_E: Tensor | None = None) -> Chosen:
         """The choice with the scores of all experts."""
         weight = torch.cat([self.query.weight, self.key.weight, self.value.weight])
-        return attention_router(F.linear(x_TD, weight), self.num_active, bias_E)
+        return attention_router(linear(x_TD, weight), self.num_active, bias_E)
 
 
 class LinearRouter(nn.Linear):
@@ -75,7 +76,7 @@ class LinearRouter(nn.Linear):
         self.num_active = config.num_experts_per_tok
 
     def forward(self, x_TD: Tensor, bias_E: Tensor | None = None) -> Routing:  # type: ignore[override]
-        scores_TE = _wide(F.linear(x_TD, self.weight))
+        scores_TE = _wide(linear(x_TD, self.weight))
         ids_TA = top_experts(_ranked(scores_TE, bias_E), self.num_active)
         weights_TA = scores_TE.gather(1, ids_TA).softmax(-1)
         return Routing(ids_TA, weights_TA, _counts(ids_TA, self.out_features), scores_TE)
@@ -91,7 +92,7 @@ class SharedExpertRouter(nn.Linear):
         self.num_routed = config.num_experts_per_tok - config.num_shared_experts
 
     def forward(self, x_TD: Tensor, bias_E: Tensor | None = None) -> Routing:  # type: ignore[override]
-        scores_TE = _wide(F.linear(x_TD, self.weight))
+        scores_TE = _wide(linear(x_TD, self.weight))
         shares_TE = scores_TE.softmax(-1)
         bias_E = None if bias_E is None else bias_E[: self.out_features]
         ids_TA = top_experts(_ranked(shares_TE, bias_E), self.num_routed)

@@ -15,9 +15,9 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ptm.kernels.linear import linear
 from ptm.kernels.log_probs import linear_log_probs
 from ptm.kernels.loss import IGNORED, linear_cross_entropy
 from ptm.model import generate
@@ -162,7 +162,7 @@ class Transformer(nn.Module):
         x_BLD = self.hidden(
             input_ids_BL, position_ids_BL, document_ids_BL, cache, attention_mask_BL
         )
-        return F.linear(x_BLD, self.head_weight)
+        return linear(x_BLD, self.head_weight)
 
     def loss(self, batch: Any) -> Loss:
         """Cross entropy of a Batch: (B, L) input_ids, labels (already shifted), loss_mask,
