@@ -112,7 +112,8 @@ VERBS = {
         ("name",),
         {name: ("ptm.jobs:StepBenchJob", "bench") for name in ("engines", "wire", "tiers")}
         | {"kernels": ("ptm.jobs:KernelBenchJob", "bench")}
-        | {"decode": ("ptm.jobs:DecodeBenchJob", "bench run exports")},
+        | {"decode": ("ptm.jobs:DecodeBenchJob", "bench run exports")}
+        | {"gptq": ("ptm.jobs:GptqBenchJob", "bench")},
     ),
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import field
 
-from ptm.common.config import config, ranged
+from ptm.common.config import Choice, config, ranged
 from ptm.data.config import DataAction
 from ptm.export.config import ExportFormat
 from ptm.quant.config import Layers
@@ -153,6 +153,31 @@ class DecodeBenchJob:
     "New tokens of each prompt."
     rounds: int = ranged(5, least=1, most=1000)
     "Turns of every model that are measured."
+    json: str | None = None
+    "File that takes the numbers as JSON."
+
+
+class PeerDtype(Choice):
+    """In what peers hold the model."""
+
+    bfloat16 = "bfloat16"
+    float32 = "float32"
+
+
+@config
+class GptqBenchJob:
+    """Our GPTQ beside that of llm-compressor and GPTQModel."""
+
+    bench: str
+    "gptq."
+    python: tuple[str, ...] = ()
+    "Interpreters of other environments, where peers are installed."
+    rows: int = ranged(64, least=1, most=4096)
+    "Rows of 512 tokens to calibrate on."
+    dtype: PeerDtype | None = None
+    "In what peers hold the model; null is their default, as it is stored (bfloat16)."
+    out: str = "runs/bench-gptq"
+    "Folder of the model and the exports; those that are there are not made again."
     json: str | None = None
     "File that takes the numbers as JSON."
 

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ptm.bench import decode, engines, kernels, router, tiers, updates, wire
+from ptm.bench import decode, engines, gptq, kernels, router, tiers, updates, wire
 from ptm.build import hardware_folders, make_plan
 from ptm.checkpoint.folders import step_folder
 from ptm.checkpoint.hf import Opened
@@ -41,6 +41,7 @@ from ptm.jobs import (
     DecodeBenchJob,
     EvalJob,
     GenerateJob,
+    GptqBenchJob,
     KernelBenchJob,
     PlanExportJob,
     PlanJob,
@@ -245,8 +246,11 @@ def report(job: ReportJob) -> None:
     print(write_report(Path(job.run), out=job.out))
 
 
-def bench(job: BenchJob | StepBenchJob | KernelBenchJob | DecodeBenchJob) -> None:
+def bench(job: BenchJob | StepBenchJob | KernelBenchJob | DecodeBenchJob | GptqBenchJob) -> None:
     """Run one benchmark and print its table."""
+    if isinstance(job, GptqBenchJob):
+        gptq.run(job)
+        return
     if isinstance(job, DecodeBenchJob):
         decode.run(job)
         return
@@ -260,7 +264,7 @@ def bench(job: BenchJob | StepBenchJob | KernelBenchJob | DecodeBenchJob) -> Non
         STEP_BENCHES[job.bench](job, recipe_words(job))
         return
     if job.name not in BENCHES:
-        rule = f"must be one of {', '.join([*BENCHES, *STEP_BENCHES, 'kernels'])}"
+        rule = f"must be one of {', '.join([*BENCHES, *STEP_BENCHES, 'kernels', 'decode', 'gptq'])}"
         raise RecipeError(line("name", job.name, rule, "as in `ptm bench router`"))
     BENCHES[job.name](job)
 

@@ -42,6 +42,7 @@ def export(job: ExportConfig | VerifyConfig) -> None:
         return
     walk, folder = open_walk(job)
     job = settled(job, folder)
+    quantize.check_sizes(walk.linears(job.layers), job)  # before anything that takes long
     rows_of = None
     total = len(walk.linears(job.layers))
     if job.method is Method.gptq:

@@ -21,9 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ptm.checkpoint.source import TensorSource
+from ptm.common.device import fast
 from ptm.export.ordinary_config import Ordinary
 from ptm.export.stages import Done, Stage, stand_ins
 from ptm.model.router import Routing
+
+CHUNK = 4096
 
 
 class Layer:
@@ -44,7 +47,9 @@ class Layer:
         return self.norm(f"{name}_layernorm", x)
 
     def linear(self, name: str, x: Tensor) -> Tensor:
-        return F.linear(x, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"))
+        weight, bias = self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias")
+        bias = None if bias is None else fast(bias)
+        return F.linear(fast(x), fast(weight), bias).to(x.dtype)
 
     def attend(self, n_BLD: Tensor) -> Tensor:
         """What o_proj reads, (B, L, H x K)."""
@@ -58,13 +63,17 @@ class Layer:
         cos, sin = _angles(model, L, n_BLD.dtype)
         q, k, v = _rotate(q, cos, sin).transpose(1, 2), _rotate(k, cos, sin), v.transpose(1, 2)
         heads = F.scaled_dot_product_attention(
-            q, k.transpose(1, 2), v, is_causal=True, enable_gqa=True
+            fast(q), fast(k.transpose(1, 2)), fast(v), is_causal=True, enable_gqa=True
         )
-        return heads.transpose(1, 2).reshape(B, L, -1)
+        return heads.to(n_BLD.dtype).transpose(1, 2).reshape(B, L, -1)
 
     def active(self, prefix: str, names: tuple[str, str, str], x: Tensor) -> Tensor:
-        """What the down projection reads."""
-        return F.silu(self.linear(prefix + names[0], x)) * self.linear(prefix + names[1], x)
+        """What the down projection reads; some rows at a time, as both halves are large."""
+        gate, up = (prefix + name for name in names[:2])
+        found = x.new_empty(*x.shape[:-1], len(self.weights[f"{gate}.weight"]))
+        for rows, out in zip(x.split(CHUNK), found.split(CHUNK)):
+            torch.mul(F.silu(self.linear(gate, rows)), self.linear(up, rows), out=out)
+        return found
 
     def route(self, x_TD: Tensor) -> Routing:
         model = self.model

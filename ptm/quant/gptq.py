@@ -11,12 +11,14 @@ of calibration text, the loss of weights V in place of W is
                     H'^-1: code the column, then take its error out of the columns behind it,
                     w[:, j:] -= (w[:, i] - v[:, i]) / U[i, i] x U[i, j:], in blocks of 128 columns
     4 descent       a few passes over the columns: each code becomes the best one with all others
-                    as they are, which is exact, as the loss is a parabola in one weight
+                    as they are, which is exact, as the loss is a parabola in one weight; and so it
+                    is in one scale, so between passes each scale becomes the best for its codes
     5 target        optional (GPTAQ): X here comes from layers already quantized; what is kept is
                     the output W X_fp^T of the whole model, in part `alpha`
 
 Inputs that were always zero keep the nearest code: they cost nothing on calibration text, and
-elsewhere the weight is still the best guess. Everything is fp32 on one device.
+elsewhere the weight is still the best guess. Everything is fp32 on one device; only the upper half
+of H is summed, in strips of 256 inputs.
 
 Source: GPTQ, arXiv 2210.17323; GPTAQ, arXiv 2504.02692. Tried and left out: docs/log.md.
 """
@@ -28,10 +30,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ptm.common.device import fast
 from ptm.quant.grid import Grid, Quantized
 
 BLOCK = 128
-CHUNK = 512
+CHUNK = 2048
+STRIP = 256
 MOST_DAMPING = 1e4
 """Times the first; a matrix that is still no better than this has no use."""
 
@@ -60,12 +64,14 @@ class Hessian:
         self.num_rows = 0
 
     def add(self, x_TK: Tensor) -> None:
-        """Rows of inputs (..., K). Those in bf16 are multiplied in bf16, CHUNK rows at a time: a
-        fourth of the time, and 0.1 % of the error that is left (docs/numbers.md)."""
-        x_TK = x_TK.reshape(-1, self.sum_KK.shape[0])
+        """Rows of inputs (..., K). Those in bf16 are multiplied in bf16 where that is fast, CHUNK
+        rows at a time: a fourth of the time, 0.1 % of the error that is left (docs/numbers.md)."""
+        K = self.sum_KK.shape[0]
+        x_TK = x_TK.reshape(-1, K)
         for rows in x_TK.split(CHUNK):
-            rows = rows if rows.dtype is torch.bfloat16 else rows.float()
-            self.sum_KK += rows.t() @ rows
+            rows = fast(rows) if rows.dtype is torch.bfloat16 else rows.float()
+            for i in range(0, K, STRIP):
+                self.sum_KK[i : i + STRIP, i:] += rows[:, i : i + STRIP].t() @ rows[:, i:]
         self.num_rows += x_TK.shape[0]
 
     def merge(self, other: Hessian) -> None:
@@ -74,7 +80,8 @@ class Hessian:
 
     def mean(self) -> Tensor:
         """(K, K) fp32, symmetric."""
-        return (self.sum_KK + self.sum_KK.t()) / (2 * max(self.num_rows, 1))
+        upper = self.sum_KK.triu()
+        return (upper + upper.triu(1).t()) / max(self.num_rows, 1)
 
 
 @dataclass
@@ -149,13 +156,11 @@ def solve(
     scale, zero = grid.scales(target, importance, options.candidates)
     columns = _Columns(grid, scale, zero, w.shape[1])
     codes = _sweep(target, factor, columns)
+    codes = _descend(target, codes, factor, columns, options.descents)
     dead = factor.dead_K
     if bool(dead.any()):
-        codes[:, dead] = grid.encode(w, scale, zero)[:, dead]
-    for _ in range(options.descents):
-        if not _descend(target, codes, factor, columns):
-            break
-    quantized = Quantized(grid, codes, scale, zero)
+        codes[:, dead] = grid.encode(w, columns.scale_NG, zero)[:, dead]
+    quantized = Quantized(grid, codes, columns.scale_NG, zero)
     return Solved(
         quantized,
         relative_error(w, quantized.dequantize(), factor.mean_KK),
@@ -173,13 +178,12 @@ def relative_error(w_NK: Tensor, near_NK: Tensor, hessian_KK: Tensor) -> float:
 
 
 class _Columns:
-    """The grid with fixed scales, one column at a time."""
+    """The grid one column at a time, with scales that fit its codes ever better."""
 
     def __init__(self, grid: Grid, scale_NG: Tensor, zero_NG: Tensor | None, num_inputs: int):
         self.size = grid.group or num_inputs
         self.column = Grid(grid.kind, 0, grid.is_symmetric, grid.scale_dtype)
-        self.scale_NG, self.zero_NG = scale_NG, zero_NG
-        self.num_codes = 2**grid.bits
+        self.scale_NG, self.zero_NG, self.num_inputs = scale_NG.clone(), zero_NG, num_inputs
 
     def _of(self, k: int) -> tuple[Tensor, Tensor | None]:
         g = slice(k // self.size, k // self.size + 1)
@@ -190,6 +194,36 @@ class _Columns:
 
     def decode(self, codes_N: Tensor, k: int) -> Tensor:
         return self.column.decode(codes_N[:, None], *self._of(k))[:, 0]
+
+    def groups(self, start: int, stop: int) -> range:
+        """Those that lie within these columns."""
+        num_groups = self.scale_NG.shape[1]
+        end = num_groups if stop == self.num_inputs else stop // self.size
+        return range(-(-start // self.size), end)
+
+    def rescale(
+        self, group: int, near_KN: Tensor, slope_KN: Tensor, block: slice, factor: Factor
+    ) -> int:
+        """The best scales of a group for its codes, rounded as they are stored; modifies near, and
+        slope within the block. Returns how many moved.
+
+        In a scale s of near = s u the loss is a parabola too: its lowest point is at
+        s + u slope / (u H u^T), and rounding takes the stored number that is nearest to it.
+        """
+        of = slice(group * self.size, min((group + 1) * self.size, self.num_inputs))
+        scale = self.scale_NG[:, group].float()
+        unit = near_KN[of] / scale.where(scale > 0, 1.0)
+        live = unit * ~factor.dead_K[of, None]
+        curve = (live * (factor.damped_KK[of, of] @ live)).sum(0)
+        step = (live * slope_KN[of]).sum(0) / curve.where(curve > 0, 1.0)
+        wanted = (scale + step).to(self.scale_NG.dtype)
+        is_good = (curve > 0) & (scale > 0) & (wanted > 0) & wanted.isfinite()
+        found = torch.where(is_good, wanted, self.scale_NG[:, group])
+        self.scale_NG[:, group] = found
+        change = unit * found.float() - near_KN[of]
+        near_KN[of] += change
+        slope_KN[block] -= factor.damped_KK[block, of] @ change
+        return int((found.float() != scale).sum())
 
 
 def _sweep(target_NK: Tensor, factor: Factor, columns: _Columns) -> Tensor:
@@ -213,29 +247,40 @@ def _sweep(target_NK: Tensor, factor: Factor, columns: _Columns) -> Tensor:
     return found.t().contiguous()
 
 
-def _descend(target_NK: Tensor, codes_NK: Tensor, factor: Factor, columns: _Columns) -> int:
-    """One pass of step 4; modifies the codes. Returns how many changed.
+def _descend(
+    target_NK: Tensor, codes_NK: Tensor, factor: Factor, columns: _Columns, passes: int
+) -> Tensor:
+    """Step 4: the codes (N, K) after so many passes, or fewer where nothing moves any more.
 
     With the others fixed the loss is a parabola in one weight, so the best code is the one nearest
-    to its lowest point, v + gradient / H[k, k].
+    to its lowest point, v + gradient / H[k, k]. The scales of a block's groups follow its codes, in
+    all passes but the last.
     """
     hessian, dead = factor.damped_KK, factor.dead_K.tolist()
-    K = codes_NK.shape[1]
-    near_KN = torch.stack([columns.decode(codes_NK[:, k], k) for k in range(K)])
+    codes_KN = codes_NK.t().contiguous()
+    near_KN = torch.stack([columns.decode(codes, k) for k, codes in enumerate(codes_KN)])
     slope_KN = hessian @ (target_NK.t() - near_KN)
-    curves = hessian.diagonal().tolist()
-    num_changed = 0
-    for start in range(0, K, BLOCK):
-        stop = min(start + BLOCK, K)
-        block = slice(start, stop)
-        changes = torch.zeros_like(near_KN[block])
-        for k in range(start, stop):
-            if dead[k]:
-                continue
-            codes = columns.encode(near_KN[k] + slope_KN[k] / curves[k], k)
-            change = torch.sub(columns.decode(codes, k), near_KN[k], out=changes[k - start])
-            num_changed += int(change.count_nonzero())
-            codes_NK[:, k] = codes
-            slope_KN[block].addr_(hessian[block, k], change, alpha=-1)
-        slope_KN[stop:].addmm_(hessian[stop:, block], changes, alpha=-1)
-    return num_changed
+    curves, K = hessian.diagonal().tolist(), len(codes_KN)
+    for left in reversed(range(passes)):
+        num_moved = 0
+        for start in range(0, K, BLOCK):
+            stop = min(start + BLOCK, K)
+            block = slice(start, stop)
+            before = near_KN[block].clone()
+            for k in range(start, stop):
+                if dead[k]:
+                    continue
+                codes_KN[k] = columns.encode(slope_KN[k].div(curves[k]).add_(near_KN[k]), k)
+                near = columns.decode(codes_KN[k], k)
+                change = near - near_KN[k]
+                num_moved += int(change.count_nonzero())
+                near_KN[k] = near
+                slope_KN[block].addr_(hessian[block, k], change, alpha=-1)
+            for group in columns.groups(start, stop) if left else ():
+                num_moved += columns.rescale(group, near_KN, slope_KN, block, factor)
+            changes = near_KN[block] - before
+            for rest in (slice(start), slice(stop, K)):
+                slope_KN[rest].addmm_(hessian[rest, block], changes, alpha=-1)
+        if not num_moved:
+            break
+    return codes_KN.t().contiguous()
