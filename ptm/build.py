@@ -28,6 +28,7 @@ from ptm.common.plan import Plan
 from ptm.data.corpus import Corpus, open_corpus
 from ptm.kernels import native
 from ptm.kernels.linear import product_dtype
+from ptm.kernels.shm import make_port
 from ptm.mesh.mesh import open_mesh
 from ptm.mesh.peers import Peers
 from ptm.model.config import ModelConfig, Scale, flops_per_token
@@ -127,7 +128,7 @@ class Parts:
 def open_run(recipe: Recipe, plan: Plan) -> Iterator[Parts]:
     """Everything of one run, closed in the reverse order."""
     with ExitStack() as stack:
-        mesh = open_mesh(recipe.engine.timeout_s, recipe.engine.ep)
+        mesh = open_mesh(recipe.engine.timeout_s, recipe.engine.ep, make_port)
         stack.callback(mesh.close)
         peers = Peers(mesh.background)
         checkpoints = recipe.run_dir / "checkpoints"
@@ -149,6 +150,8 @@ def open_run(recipe: Recipe, plan: Plan) -> Iterator[Parts]:
         kernels = native.table(mesh.device.type)
         on_main(peers, lambda: run_folder.describe(recipe, plan.text(), kernels))
         say(native.summary(mesh.device.type))
+        if mesh.world > 1:
+            say(f"collectives: {mesh.transport}")
         metrics = Metrics(
             recipe.run_dir,
             recipe.log,

@@ -1,9 +1,10 @@
 """`ptm bench wire`: bytes of a step counted by the loopback device, by ptm's ledger, and the least.
 
-The device counts packet heads too (about 0.1 %) and everything in its network: in a namespace of
-its own (root) only the ranks. The ledger counts what ptm's collectives send; DeepSpeed's own are
-not in it. The least is what any engine must send for `engine.zero` (contestant.elements), without
-the rows that go to experts elsewhere.
+Rows go over gloo here, also where ranks could exchange them in memory. The device counts packet
+heads too (about 0.1 %) and everything in its network: in a namespace of its own (root) only the
+ranks. The ledger counts what ptm's collectives send; DeepSpeed's own are not in it. The least is
+what any engine must send for `engine.zero` (contestant.elements), without the rows that go to
+experts elsewhere.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ def run(bench: StepBenchJob, words: tuple[str, ...]) -> None:
     shared = ("engine.zero=3", *words)
     name = str(bench.engine.kind)
     (result,) = run_rounds(
-        [Contestant(name, shared)],
+        [Contestant(name, shared, variables={"PTM_COLLECTIVES": "gloo"})],
         folder=Path(bench.out),
         ranks=bench.ranks,
         num_rounds=bench.rounds,

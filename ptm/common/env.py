@@ -88,6 +88,11 @@ def cuda_kernels() -> str:
     return os.environ.get("PTM_CUDA_KERNELS") or "0"
 
 
+def collectives() -> str:
+    """PTM_COLLECTIVES: auto (in memory between ranks of one machine, on the CPU) or gloo."""
+    return os.environ.get("PTM_COLLECTIVES") or "auto"
+
+
 def set_default(name: str, value: str) -> None:
     """Set a variable for libraries started later, unless the user has set it."""
     os.environ.setdefault(name, value)

@@ -9,7 +9,8 @@ possible.
 Ranges may differ in length. On gloo a gather is one broadcast per rank, all under way at once, and
 a sum is an all-to-all followed by additions in fp32, in rank order: `reduce_scatter_tensor` is an
 all-reduce there and moves twice the bytes (pytorch#149869), and its result depends on timing. On a
-group of one, all of them are the identity.
+group of one, all of them are the identity. Groups whose ranks share a machine move the same bytes
+through memory (ptm/mesh/shared.py).
 
 They are started by the thread that trains, in the same order on every rank; what they return is
 waited for later, so that they overlap with computing.
@@ -26,10 +27,14 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from ptm.mesh import shared
 from ptm.mesh.peers import lost
 
 # torch 2.13 renamed it, and warns on each call of the old name.
 _all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+ADDED_AT_ONCE = 2**17
+"""Elements: torch widens bf16 into a copy first, which is to stay in a cache."""
 
 
 @dataclass
@@ -91,8 +96,10 @@ class PendingSum(Pending):
     def add_to(self, total_S: Tensor) -> None:
         """Add every rank's piece to total_S (S,), in rank order, in total_S's type."""
         self.wait()
-        for piece_S in self.received_NS:
-            total_S += piece_S
+        spans = range(0, len(total_S), ADDED_AT_ONCE)
+        for span in (slice(start, start + ADDED_AT_ONCE) for start in spans):
+            for piece_S in self.received_NS:
+                total_S[span] += piece_S[span]
 
 
 def gather(
@@ -110,8 +117,11 @@ def gather(
     sizes = [stop - start for start, stop in zip(cuts, cuts[1:])]
     sent_bytes = (world - 1) * sizes[rank] * full.element_size()
     ledger.add(name, sent_bytes, sent_bytes)
+    port = shared.port_of(group)
     with ledger.waiting(name):
-        if full.is_cuda and len(set(sizes)) == 1:
+        if port is not None:
+            works = [shared.gather(port, full, cuts)]
+        elif full.is_cuda and len(set(sizes)) == 1:
             mine = full[cuts[rank] : cuts[rank + 1]]
             works = [_all_gather_flat(full[cuts[0] : cuts[-1]], mine, group=group, async_op=True)]
         else:
@@ -147,9 +157,7 @@ def scatter_sum(
     sent_bytes = (sum(sizes) - mine) * full.element_size()
     ledger.add(name, sent_bytes, sent_bytes)
     with ledger.waiting(name):
-        work = dist.all_to_all_single(
-            room, full[cuts[0] : cuts[-1]], [mine] * world, sizes, group=group, async_op=True
-        )
+        work = _exchange(room, [mine] * world, full[cuts[0] : cuts[-1]], sizes, group)
     pending = PendingSum(name, ledger, (work,))
     pending.received_NS = room.view(world, mine)
     return pending
@@ -175,10 +183,17 @@ def all_to_all(
     others = sum(sent) - sent[group.rank()]
     ledger.add(name, others * row_bytes, others * row_bytes)
     with ledger.waiting(name):
-        work = dist.all_to_all_single(
-            out, rows_SD, list(received), list(sent), group=group, async_op=True
-        )
+        work = _exchange(out, list(received), rows_SD, list(sent), group)
     return out, Pending(name, ledger, (work,))
+
+
+def _exchange(
+    out: Tensor, received: list[int], rows: Tensor, sent: list[int], group: dist.ProcessGroup
+) -> Any:
+    port = shared.port_of(group)
+    if port is not None:
+        return shared.exchange(port, out, received, rows, sent)
+    return dist.all_to_all_single(out, rows, received, sent, group=group, async_op=True)
 
 
 def all_reduce_sum(values: Tensor, group: dist.ProcessGroup, ledger: Ledger) -> Tensor:

@@ -9,6 +9,7 @@ group of its own and its collectives are the identity. Axes, for 4 ranks with ep
 
 Backends: gloo for tensors in CPU memory, NCCL for tensors on a GPU. A second, gloo-only group is
 made for background work (saving), because collectives of two threads must never meet in one group.
+On the CPU, axes whose ranks share a machine exchange rows in memory (ptm/mesh/shared.py).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from ptm.common import env
 from ptm.common.errors import RecipeError, line
 from ptm.mesh.collectives import Ledger, all_reduce_sum
 from ptm.mesh.peers import lost
+from ptm.mesh.shared import MakePort, port_of, share, unshare
 
 
 @dataclass(frozen=True)
@@ -64,14 +66,31 @@ class Mesh:
 
         return agree
 
+    @property
+    def transport(self) -> str:
+        """How rows travel over all ranks: in one word, for the head of a run."""
+        if self.device.type != "cpu":
+            return "nccl"
+        return "gloo" if port_of(self.dp.get_group()) is None else "shared memory"
+
+    def groups(self) -> list[dist.ProcessGroup]:
+        """Those of the axes that have more than one rank, each once."""
+        found = {
+            axis.get_group().group_name: axis.get_group() for axis in (self.dp, self.ep, self.edp)
+        }
+        return [group for group in found.values() if group.size() > 1]
+
     def close(self) -> None:
+        for group in self.groups():
+            unshare(group)
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def open_mesh(timeout_s: int, ep: int = 1) -> Mesh:
+def open_mesh(timeout_s: int, ep: int = 1, make_port: MakePort | None = None) -> Mesh:
     """Join the other ranks (torchrun's or Slurm's variables), or stand alone.
 
+    make_port: what exchanges rows between ranks of one machine, on the CPU; without it gloo does.
     Raises: RecipeError where ep does not divide the ranks; torch's DistBackendError /
     DistNetworkError if the peers cannot be reached within timeout_s.
     """
@@ -92,7 +111,16 @@ def open_mesh(timeout_s: int, ep: int = 1) -> Mesh:
     )
     background = dist.new_group(backend="gloo", timeout=timeout)
     assert isinstance(background, dist.ProcessGroup)
-    return make_mesh(device, background, ep)
+    mesh = make_mesh(device, background, ep)
+    if make_port is not None and not is_cuda:
+        share_groups(mesh, make_port, timeout_s)
+    return mesh
+
+
+def share_groups(mesh: Mesh, make_port: MakePort, timeout_s: float) -> None:
+    """Have the groups of all axes exchange rows in memory where their ranks share a machine."""
+    for group in mesh.groups():
+        share(group, make_port, timeout_s)
 
 
 def make_mesh(device: torch.device, background: dist.ProcessGroup, ep: int = 1) -> Mesh:
