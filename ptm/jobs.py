@@ -105,8 +105,8 @@ class DataJob(Recipe):
 @config
 class BenchJob:
     name: str
-    """Which benchmark: router or updates; engines, wire, tiers and kernels have keys of their
-    own."""
+    """Which benchmark: router or updates; engines, train, wire, tiers and kernels have keys of
+    their own."""
     steps: int = ranged(160, least=1)
     "Training steps of each run."
     seeds: int = ranged(3, least=1, most=100)
@@ -187,7 +187,7 @@ class StepBenchJob(Recipe):
     """Benches of whole steps, whose recipe words apply to every engine."""
 
     bench: str
-    "Which benchmark: engines, wire or tiers."
+    "Which benchmark: engines, train, wire or tiers."
     ranks: int = ranged(2, least=1, most=64)
     "Ranks of every engine, on this machine."
     rounds: int = ranged(5, least=1, most=1000)
@@ -199,7 +199,7 @@ class StepBenchJob(Recipe):
     turn_timeout_s: int = ranged(600, least=5, most=86_400)
     "How long a turn may take before its engine counts as failed."
     only: tuple[str, ...] = ()
-    "Engines to run, of bench engines; empty is all. fsdp, the basis, always runs."
+    "Rows to run, of bench engines and train; empty is all. The basis (fsdp; ptm) always runs."
     ops_dir: str | None = None
     "Folder where DeepSpeed's ops were built ahead (its TORCH_EXTENSIONS_DIR)."
     out: str = "runs/bench-steps"

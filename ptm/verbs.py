@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ptm.bench import decode, engines, gptq, kernels, router, tiers, updates, wire
+from ptm.bench import decode, engines, gptq, kernels, router, tiers, train, updates, wire
 from ptm.build import hardware_folders, make_plan
 from ptm.checkpoint.folders import step_folder
 from ptm.checkpoint.hf import Opened
@@ -69,7 +69,12 @@ class TextJob(Protocol):
 
 
 BENCHES = {"router": router.run, "updates": updates.run}
-STEP_BENCHES = {"engines": engines.run, "wire": wire.run, "tiers": tiers.run}
+STEP_BENCHES = {
+    "engines": engines.run,
+    "wire": wire.run,
+    "tiers": tiers.run,
+    "train": train.run,
+}
 
 
 def plan(job: PlanJob | PlanExportJob) -> None:

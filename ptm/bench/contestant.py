@@ -21,11 +21,13 @@ from typing import Any
 
 import torch
 
+from ptm.bench import peers
 from ptm.bench.interleave import POLL_S
 from ptm.build import make_plan
 from ptm.common import env
 from ptm.data.pack import Batch, pack
 from ptm.engine.config import EngineKind
+from ptm.kernels.shm import make_port
 from ptm.mesh.mesh import Mesh, open_mesh
 from ptm.mesh.peers import Peers
 from ptm.model.config import ModelConfig
@@ -46,9 +48,18 @@ def main(folder: Path) -> None:
     recipe = load_recipe(job["words"])
     try:
         wait_for(folder / "go-0")
-        mesh = open_mesh(recipe.engine.timeout_s, recipe.engine.ep)
-        runner = make_runner(recipe, mesh, job["options"], name=folder.name)
-        write(folder / f"turn-0-{rank}.json", runner.turn(job["warmup"]))
+        mesh = open_mesh(recipe.engine.timeout_s, recipe.engine.ep, make_port)
+        is_profiled = job["options"].pop("is_profiled", False)
+        if job["peer"] is not None:
+            runner = Runner(recipe, mesh, peers.make_peer(job["peer"], recipe, mesh), job["peer"])
+        else:
+            runner = make_runner(recipe, mesh, job["options"], name=folder.name)
+        warmed = runner.turn(job["warmup"])
+        if is_profiled:
+            profile = runner.profile()
+            if rank == 0:
+                write(folder / "profile.json", profile)
+        write(folder / f"turn-0-{rank}.json", warmed)
         turn = 1
         while True:
             wait_for(folder / f"go-{turn}")
@@ -56,7 +67,9 @@ def main(folder: Path) -> None:
             turn += 1
     except Exception as error:  # its last words are its result; the log has the trace
         text = f"{type(error).__name__}: {error}".strip().splitlines()[0]  # a table may follow
-        write(folder / f"error-{rank}.json", {"error": text, "version": version(recipe)})
+        write(
+            folder / f"error-{rank}.json", {"error": text, "version": version(recipe, job["peer"])}
+        )
         raise
 
 
@@ -75,9 +88,11 @@ def write(path: Path, values: dict[str, Any]) -> None:
     beside.rename(path)
 
 
-def version(recipe: Recipe) -> str:
+def version(recipe: Recipe, peer: str | None) -> str:
     name = f"torch {torch.__version__}"
-    if recipe.engine.kind is EngineKind.deepspeed:
+    if peer is not None:
+        name = f"{peers.version()}, {name}"
+    if recipe.engine.kind is EngineKind.deepspeed or peer == "mixtral_moe":
         return f"deepspeed {deepspeed.version()}, {name}"
     return name
 
@@ -112,6 +127,7 @@ class Runner:
     recipe: Recipe
     mesh: Mesh
     engine: Engine
+    peer: str | None = None
     step: int = 0
 
     def turn(self, steps: int) -> dict[str, Any]:
@@ -151,8 +167,17 @@ class Runner:
             "bound_bytes": self.ledger()[1] - bound,
             "least_bytes": self.least_bytes(steps, self.ledger()[1] - bound),
             "report": {key: value - report.get(key, 0.0) for key, value in now.items()},
-            "version": version(self.recipe),
+            "version": version(self.recipe, self.peer),
         }
+
+    def profile(self) -> dict[str, Any]:
+        """One step under torch's profiler: its seconds, those of each op itself, and those in
+        which this rank waited for others."""
+        waited = self.mesh.ledger.seconds
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+            seconds = self.turn(1)["seconds"]
+        ops = {event.key: event.self_cpu_time_total / 1e6 for event in found.key_averages()}
+        return {"seconds": seconds, "ops": ops, "waited_s": self.mesh.ledger.seconds - waited}
 
     def meet(self) -> None:
         if self.mesh.device.type != "cpu":

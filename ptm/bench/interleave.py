@@ -50,6 +50,8 @@ class Contestant:
     words: tuple[str, ...]
     options: dict[str, bool] = field(default_factory=dict)
     variables: dict[str, str] = field(default_factory=dict)
+    peer: str | None = None
+    "Who trains instead of ptm, of ptm/bench/peers.py."
 
 
 class Spread(NamedTuple):
@@ -107,6 +109,7 @@ def run_rounds(
                 job = {
                     "words": list(contestant.words),
                     "options": contestant.options,
+                    "peer": contestant.peer,
                     "steps": steps,
                     "warmup": warmup,
                 }

@@ -89,7 +89,7 @@ class DeepspeedEngine:
     ) -> None:
         """The model has its memory (not on the meta device). may_compile: let DeepSpeed build ops
         that were not built ahead, for a benchmark of those."""
-        deepspeed = _import(mesh)
+        deepspeed = imported(mesh)
         refuse(config)
         stage = config.zero or 3
         if not may_compile:
@@ -342,7 +342,8 @@ def version() -> str:
     return str(deepspeed.__version__)
 
 
-def _import(mesh: Mesh) -> Any:
+def imported(mesh: Mesh) -> Any:
+    """The library, told what it would guess. Raises KernelError where it is missing."""
     env.set_default("DS_BUILD_OPS", "0")
     env.set_default("LOCAL_RANK", str(env.ranks().local_rank))  # without torchrun it asks for this
     if mesh.device.type == "cpu":
