@@ -1,8 +1,7 @@
 """`ptm bench engines`: paged, FSDP2 with ptm's collectives, FSDP2 as it is, and DeepSpeed ZeRO-3,
 on the same model, data, ranks and precision, in turns (ptm/bench/interleave.py).
 
-On the CPU ptm's collectives go through shared memory, so nothing is on the wire; `paged gloo` is
-paged without that.
+`paged memory` exchanges rows in memory that the ranks share, so nothing is on the wire.
 
 Engines share the model's code, so expert rows are padded alike. Recipe words apply to all. A peer
 that cannot run here shows its error and version; DeepSpeed on a disk needs an op built ahead, whose
@@ -28,14 +27,14 @@ def contestants(words: tuple[str, ...], out: Path, ops_dir: str | None) -> list[
 
     def row(name: str, kind: str, *more: str, **options: bool) -> Contestant:
         variables = built if kind == "deepspeed" else {}
-        if name.endswith(" gloo"):
-            variables = {"PTM_COLLECTIVES": "gloo"}
+        if name.endswith(" memory"):
+            variables = {"PTM_COLLECTIVES": "memory"}
         shared = ("engine.zero=3", *words, f"engine.kind={kind}", *more)
         return Contestant(name, shared, options, variables)
 
     return [
         row("paged", "paged"),
-        row("paged gloo", "paged"),
+        row("paged memory", "paged"),
         row(BASE, "fsdp"),
         row("fsdp stock", "fsdp", is_stock=True),
         row("deepspeed", "deepspeed"),

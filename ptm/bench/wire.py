@@ -1,6 +1,6 @@
 """`ptm bench wire`: bytes of a step counted by the loopback device, by ptm's ledger, and the least.
 
-Rows go over gloo here, also where ranks could exchange them in memory. The device counts packet
+Rows go over gloo here, whatever PTM_COLLECTIVES says. The device counts packet
 heads too (about 0.1 %) and everything in its network: in a namespace of its own (root) only the
 ranks. The ledger counts what ptm's collectives send; DeepSpeed's own are not in it. The least is
 what any engine must send for `engine.zero` (contestant.elements), without the rows that go to

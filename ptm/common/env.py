@@ -89,8 +89,8 @@ def cuda_kernels() -> str:
 
 
 def collectives() -> str:
-    """PTM_COLLECTIVES: auto (in memory between ranks of one machine, on the CPU) or gloo."""
-    return os.environ.get("PTM_COLLECTIVES") or "auto"
+    """PTM_COLLECTIVES: gloo, or memory: between CPU ranks of one machine, in memory they share."""
+    return os.environ.get("PTM_COLLECTIVES") or "gloo"
 
 
 def set_default(name: str, value: str) -> None:
