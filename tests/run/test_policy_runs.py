@@ -1,4 +1,4 @@
-"""Runs that learn from rewards: killed within a rollout, and begun again."""
+"""Runs that learn from pairs and from rewards: killed, also within a rollout, and begun again."""
 
 import os
 import signal
@@ -36,8 +36,8 @@ def words(folder: Path, base: Path, text: Path, mode: str, **changes) -> list[st
         "eval.interval": 3,
         "eval.rows": 2,
     }
-    if mode == "grpo":
-        given |= {"grpo.task_rows": 40, "grpo.tasks": "[larger,count]"}
+    if mode in ("dpo", "grpo"):
+        given |= {f"{mode}.task_rows": 40, f"{mode}.tasks": "[larger,count]"}
     return runs.words(folder, text, **given | changes)
 
 
@@ -74,6 +74,18 @@ def kill_when(is_time: Callable[[], bool], command: list[str], cache: Path) -> N
 def num_logged(folder: Path) -> int:
     file = folder / "metrics.jsonl"
     return file.read_bytes().count(b"\n") if file.exists() else 0
+
+
+def test_pairs_after_a_kill(base: Path, text: Path, cache: Path, tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    finish(runs.launch(0, words(whole, base, text, "dpo"), cache))
+    log = runs.log(whole)
+    assert log[-1]["margin"] != 0 and "eval_accuracy" in log[-1]
+    again = words(killed, base, text, "dpo")
+    kill_when(lambda: num_logged(killed) >= 3, runs.command(0, again), cache)
+    finish(runs.launch(0, again, cache))
+    assert runs.log(killed) == log
+    assert runs.digests(killed, STEPS) == runs.digests(whole, STEPS)
 
 
 def test_rewards_after_a_kill_within_a_rollout(
