@@ -93,6 +93,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for i, part in enumerate(words):
                 w = weight[part].to(kind)
                 torch.addmm(by_wide, logits[:, part], w, beta=min(i, 1), out=by_wide)
+                del w  # not kept beside the next chunk's
                 if grad_weight is not None:
                     grad_weight[part] += logits[:, part].t() @ rows
             if by_wide is not by_rows:

@@ -26,6 +26,7 @@ import torch
 from ptm.kernels import attention as attention_kernel
 from ptm.kernels import loss as loss_kernel
 from ptm.kernels import moe_mlp as moe_kernel
+from ptm.kernels.linear import product_dtype
 from ptm.kernels.permute import grouped_rows
 from ptm.model.config import RouterKind
 from ptm.model.lora_config import AdapterKind
@@ -67,10 +68,21 @@ def _loss(job: Job) -> int:
     """
     m, c, T = job.model, job.compute_bytes, job.micro_rows * job.seq_len
     V = m.vocab_size
-    chunk = min(T, loss_kernel.chunk_tokens(V))
+    most = loss_kernel.chunk_tokens(V)
+    chunk = min(T, most // 2 if _is_widened(job) else most)
     slices = 2 * min(max(1, loss_kernel.SLICE_LOGITS // V), chunk) * V * FP32
     head = 0 if _is_frozen(job) else V * m.hidden_size
+    if _is_widened(job):  # rows, their gradient, weights of some words, and their gradient
+        words = min(V * m.hidden_size, loss_kernel.WIDE_WEIGHTS)
+        products = (2 * chunk * m.hidden_size + words + min(head, words)) * FP32
+        return chunk * V * FP32 + max(slices, products)
     return chunk * V * c + max(slices, head * c + _widened(job, head))
+
+
+def _is_widened(job: Job) -> bool:
+    """Whether bf16 is multiplied in fp32 (ptm/kernels/linear.py)."""
+    is_bf16 = job.device == "cpu" and job.compute_bytes != FP32
+    return is_bf16 and product_dtype(torch.device("cpu"), torch.bfloat16) is torch.float32
 
 
 def _widened(job: Job, count: int) -> int:
@@ -181,7 +193,8 @@ def _attention_backward(job: Job) -> int:
     kept = _kept_scores(job)
     block = m.num_attention_heads * min(attention_kernel.BLOCK, job.seq_len) * job.seq_len * c
     masks = min(attention_kernel.BLOCK, job.seq_len) * job.seq_len * (c + 1)
-    blocks = (3 if kept else 5) * block + masks if job.device == "cpu" else 0
+    held = (6 if kept else 10) if _is_widened(job) else (3 if kept else 5)
+    blocks = held * block + masks if job.device == "cpu" else 0
     return T * c * (7 * D + 3 * P) + kept + 2 * D * D * c + T * c * (2 * D + 4 * P) + blocks
 
 
