@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ptm.bench import show
-from ptm.bench.interleave import Contestant, run_rounds
+from ptm.bench.interleave import Contestant, run_bench
 from ptm.jobs import StepBenchJob
 
 BASE = "fsdp"
@@ -48,15 +48,7 @@ def run(bench: StepBenchJob, words: tuple[str, ...]) -> None:
     rows = contestants(words, out, bench.ops_dir)
     if bench.only:
         rows = [row for row in rows if row.name in {*bench.only, BASE}]
-    results = run_rounds(
-        rows,
-        folder=out,
-        ranks=bench.ranks,
-        num_rounds=bench.rounds,
-        steps=bench.round_steps,
-        warmup=bench.warmup,
-        timeout_s=bench.turn_timeout_s,
-    )
+    results = run_bench(bench, rows)
     found: dict[str, Any] = {"bench": "engines", "ranks": bench.ranks, "words": list(words)}
     found["rows"] = show.summary(results, BASE)
     title = f"engines, {bench.ranks} ranks, {bench.rounds} rounds of {bench.round_steps} steps"

@@ -35,6 +35,7 @@ from rich.progress import (
 
 from ptm.common import env
 from ptm.common.agent import stop_with_parent
+from ptm.jobs import StepBenchJob
 
 POLL_S = 0.05
 END_S = 40.0  # torchrun gives its ranks 30
@@ -125,6 +126,19 @@ def run_rounds(
         for one in running:
             one.end()
     return results
+
+
+def run_bench(bench: StepBenchJob, contestants: Sequence[Contestant]) -> list[Result]:
+    """`run_rounds` as a bench of steps asks for it."""
+    return run_rounds(
+        contestants,
+        folder=Path(bench.out),
+        ranks=bench.ranks,
+        num_rounds=bench.rounds,
+        steps=bench.round_steps,
+        warmup=bench.warmup,
+        timeout_s=bench.turn_timeout_s,
+    )
 
 
 def _take_turn(one: Running, result: Result, turn: int, timeout_s: float) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ptm.bench import show
-from ptm.bench.interleave import Contestant, run_rounds
+from ptm.bench.interleave import Contestant, run_bench
 from ptm.engine.tier import probe
 from ptm.jobs import StepBenchJob
 from ptm.model.config import num_parameters
@@ -41,15 +41,7 @@ def run(bench: StepBenchJob, words: tuple[str, ...]) -> None:
     disk = Path(bench.engine.ssd_path) if bench.engine.ssd_path else out / "pages"
     disk.mkdir(parents=True, exist_ok=True)
     before = probe(disk, bench.engine.page_bytes, PROBE_S)
-    results = run_rounds(
-        contestants(bench, words, disk.resolve()),
-        folder=out,
-        ranks=bench.ranks,
-        num_rounds=bench.rounds,
-        steps=bench.round_steps,
-        warmup=bench.warmup,
-        timeout_s=bench.turn_timeout_s,
-    )
+    results = run_bench(bench, contestants(bench, words, disk.resolve()))
     after = probe(disk, bench.engine.page_bytes, PROBE_S)
     found: dict[str, Any] = {"bench": "tiers", "ranks": bench.ranks, "words": list(words)}
     found["probe"] = {"before": before._asdict(), "after": after._asdict()}

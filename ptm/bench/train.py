@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ptm.bench import show
-from ptm.bench.interleave import Contestant, run_rounds
+from ptm.bench.interleave import Contestant, run_bench
 from ptm.bench.peers import PEERS
 from ptm.jobs import StepBenchJob
 
@@ -37,15 +37,7 @@ def run(bench: StepBenchJob, words: tuple[str, ...]) -> None:
     rows = contestants(words)
     if bench.only:
         rows = [row for row in rows if row.name in {*bench.only, BASE}]
-    results = run_rounds(
-        rows,
-        folder=out,
-        ranks=bench.ranks,
-        num_rounds=bench.rounds,
-        steps=bench.round_steps,
-        warmup=bench.warmup,
-        timeout_s=bench.turn_timeout_s,
-    )
+    results = run_bench(bench, rows)
     found: dict[str, Any] = {"bench": "train", "ranks": bench.ranks, "words": list(words)}
     found["rows"] = show.summary(results, BASE)
     title = f"training, {bench.ranks} ranks, {bench.rounds} rounds of {bench.round_steps} steps"

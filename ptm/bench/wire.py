@@ -9,28 +9,19 @@ experts elsewhere.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from ptm.bench import show
-from ptm.bench.interleave import Contestant, Result, can_isolate, run_rounds
+from ptm.bench.interleave import Contestant, Result, can_isolate, run_bench
 from ptm.jobs import StepBenchJob
 
 
 def run(bench: StepBenchJob, words: tuple[str, ...]) -> None:
     shared = ("engine.zero=3", *words)
     name = str(bench.engine.kind)
-    (result,) = run_rounds(
-        [Contestant(name, shared, variables={"PTM_COLLECTIVES": "gloo"})],
-        folder=Path(bench.out),
-        ranks=bench.ranks,
-        num_rounds=bench.rounds,
-        steps=bench.round_steps,
-        warmup=bench.warmup,
-        timeout_s=bench.turn_timeout_s,
-    )
+    (result,) = run_bench(bench, [Contestant(name, shared, variables={"PTM_COLLECTIVES": "gloo"})])
     found: dict[str, Any] = {"bench": "wire", "ranks": bench.ranks, "words": list(words)}
     found["is_isolated"] = can_isolate()
     found["rows"] = [wire_row(result)]

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import time
 
 import psutil
 import torch
-from torch import Tensor
 
 
 def best_device() -> torch.device:
@@ -26,20 +24,6 @@ def memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return psutil.Process().memory_info().rss
-
-
-@functools.cache
-def has_fast_bf16() -> bool:
-    """Whether this CPU multiplies bf16 at least as fast as fp32: without AVX-512 torch's products
-    in bf16 run at an eighth of the speed (10 GFLOP/s of 78, one core of a Zen 3)."""
-    return "avx512" in torch.backends.cpu.get_cpu_capability().lower()
-
-
-def fast(x: Tensor) -> Tensor:
-    """A tensor in the number format in which products of it are fast: bf16 becomes fp32 on a CPU
-    that is slow at it."""
-    is_slow = x.dtype is torch.bfloat16 and x.device.type == "cpu" and not has_fast_bf16()
-    return x.float() if is_slow else x
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> float:

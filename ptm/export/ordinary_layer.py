@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ptm.checkpoint.source import TensorSource
-from ptm.common.device import fast
 from ptm.export.ordinary_config import Ordinary
 from ptm.export.stages import Done, Stage, stand_ins
+from ptm.kernels.linear import linear, widen
 from ptm.model.router import Routing
 
 CHUNK = 4096
@@ -48,8 +48,7 @@ class Layer:
 
     def linear(self, name: str, x: Tensor) -> Tensor:
         weight, bias = self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias")
-        bias = None if bias is None else fast(bias)
-        return F.linear(fast(x), fast(weight), bias).to(x.dtype)
+        return linear(x, weight, bias)
 
     def attend(self, n_BLD: Tensor) -> Tensor:
         """What o_proj reads, (B, L, H x K)."""
@@ -63,7 +62,7 @@ class Layer:
         cos, sin = _angles(model, L, n_BLD.dtype)
         q, k, v = _rotate(q, cos, sin).transpose(1, 2), _rotate(k, cos, sin), v.transpose(1, 2)
         heads = F.scaled_dot_product_attention(
-            fast(q), fast(k.transpose(1, 2)), fast(v), is_causal=True, enable_gqa=True
+            widen(q), widen(k.transpose(1, 2)), widen(v), is_causal=True, enable_gqa=True
         )
         return heads.to(n_BLD.dtype).transpose(1, 2).reshape(B, L, -1)
 

@@ -25,6 +25,11 @@ def is_widened(x: Tensor) -> bool:
     return _WIDENS and x.dtype is torch.bfloat16 and x.device.type == "cpu"
 
 
+def widen(x: Tensor) -> Tensor:
+    """x in the type in which products of it are made."""
+    return x.float() if is_widened(x) else x
+
+
 def product_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     """The type in which products of `dtype` are made."""
     return torch.float32 if is_widened(torch.empty(0, dtype=dtype, device=device)) else dtype
@@ -32,7 +37,7 @@ def product_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """a @ b, of their type. No gradient: for use inside of autograd functions."""
-    return (a.float() @ b.float()).to(a.dtype) if is_widened(a) else a @ b
+    return (widen(a) @ widen(b)).to(a.dtype)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -30,7 +30,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ptm.common.device import fast
+from ptm.kernels.linear import widen
 from ptm.quant.grid import Grid, Quantized
 
 BLOCK = 128
@@ -69,7 +69,7 @@ class Hessian:
         K = self.sum_KK.shape[0]
         x_TK = x_TK.reshape(-1, K)
         for rows in x_TK.split(CHUNK):
-            rows = fast(rows) if rows.dtype is torch.bfloat16 else rows.float()
+            rows = widen(rows) if rows.dtype is torch.bfloat16 else rows.float()
             for i in range(0, K, STRIP):
                 self.sum_KK[i : i + STRIP, i:] += rows[:, i : i + STRIP].t() @ rows[:, i:]
         self.num_rows += x_TK.shape[0]
