@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ptm.common import env
-from ptm.common.errors import KernelError, line
+from ptm.common.errors import KernelError, RecipeError, line
 
 ISAS = ("portable", "avx2", "avx512", "amx")  # the order of csrc/common/ptm.h
 STATUS = {1: "out of memory", 2: "shapes it cannot do", 3: "timed out", 4: "a system call failed",
@@ -52,16 +52,21 @@ def _cuda_library() -> ctypes.CDLL | None:
     return ctypes.CDLL(str(CUDA_LIBRARY)) if CUDA_LIBRARY.exists() else None
 
 
-@cache
-def _wants_cuda() -> bool:
+def _cuda_setting() -> str:
     wanted = env.cuda_kernels()
     if wanted not in ("0", "1"):
-        raise KernelError(line("PTM_CUDA_KERNELS", wanted, "is 0 or 1", "unset it for 0"))
+        raise RecipeError(line("PTM_CUDA_KERNELS", wanted, "is 0 or 1", "unset it for 0"))
+    return wanted
+
+
+@cache
+def _wants_cuda() -> bool:
+    wanted = _cuda_setting()
     if wanted == "0" or _backend_setting() == "reference":
         return False
     if _cuda_library() is None:
         what = f"there is no {CUDA_LIBRARY.name}"
-        raise KernelError(line("PTM_CUDA_KERNELS", wanted, what,
+        raise RecipeError(line("PTM_CUDA_KERNELS", wanted, what,
                                "run csrc/build.py where nvcc is, or unset it"))  # fmt: skip
     return True
 
@@ -69,7 +74,7 @@ def _wants_cuda() -> bool:
 def cuda_is_on() -> bool:
     """Whether kernels serve tensors on CUDA devices.
 
-    Raises: KernelError, where PTM_CUDA_KERNELS asks for what there is not.
+    Raises: RecipeError, where PTM_CUDA_KERNELS asks for what there is not.
     """
     return _forced_cuda[-1] if _forced_cuda else _wants_cuda()
 
@@ -96,7 +101,7 @@ def _backend_setting() -> str:
     backend = env.kernel_backend()
     if backend not in BACKENDS:
         rule = f"is one of {', '.join(BACKENDS)}"
-        raise KernelError(line("PTM_BACKEND", backend, rule, "unset it for auto"))
+        raise RecipeError(line("PTM_BACKEND", backend, rule, "unset it for auto"))
     return backend
 
 
@@ -109,14 +114,14 @@ def _chosen() -> str | None:
         return machine()[-1] if machine() else None
     if isa not in machine():
         has = f"this machine and build have {', '.join(machine()) or 'none'}"
-        raise KernelError(line("PTM_CPU_ISA", isa, has, "unset it for the best there is"))
+        raise RecipeError(line("PTM_CPU_ISA", isa, has, "unset it for the best there is"))
     return isa
 
 
 def isa() -> str | None:
     """The instruction set in use; None where torch serves everything.
 
-    Raises: KernelError, where PTM_BACKEND or PTM_CPU_ISA ask for what there is not.
+    Raises: RecipeError, where PTM_BACKEND or PTM_CPU_ISA ask for what there is not.
     """
     return _forced[-1] if _forced else _chosen()
 
@@ -143,7 +148,11 @@ def table(device_type: str = "cpu") -> dict[str, str]:
 
 
 def summary(device_type: str) -> str:
-    """One line for the head of a run: `kernels: avx512: rope_qk; reference: ...`."""
+    """One line for the head of a run: `kernels: avx512: rope_qk; reference: ...`.
+
+    Raises: RecipeError for a switch with a value that it does not have, on any device.
+    """
+    _cuda_setting()
     ops: dict[str, list[str]] = {}
     for op, served_by in table(device_type).items():
         ops.setdefault(served_by, []).append(op)

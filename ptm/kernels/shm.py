@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ptm.common import env
-from ptm.common.errors import KernelError, line
+from ptm.common.errors import RecipeError, line
 from ptm.kernels import native
 
 ROOM_BYTES = 4 * 2**20
@@ -33,12 +33,12 @@ TRANSPORTS = ("gloo", "memory")
 def make_port(rank: int, world: int, timeout_s: float, *, room: int = ROOM_BYTES) -> Port | None:
     """A port that has not joined; None but with PTM_COLLECTIVES=memory, where there is a kernel.
 
-    Raises: KernelError for another PTM_COLLECTIVES.
+    Raises: RecipeError for another PTM_COLLECTIVES.
     """
     transport = env.collectives()
     if transport not in TRANSPORTS:
         rule = f"is one of {', '.join(TRANSPORTS)}"
-        raise KernelError(line("PTM_COLLECTIVES", transport, rule, "unset it for gloo"))
+        raise RecipeError(line("PTM_COLLECTIVES", transport, rule, "unset it for gloo"))
     if transport == "gloo" or not native.has("shm_open") or not hasattr(os, "memfd_create"):
         return None
     return Port(rank, world, timeout_s, room=room)

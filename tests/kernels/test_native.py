@@ -7,7 +7,7 @@ import types
 import pytest
 import torch
 
-from ptm.common.errors import KernelError
+from ptm.common.errors import KernelError, RecipeError
 from ptm.kernels import loss, native, rmsnorm  # noqa: F401 (declares linear_ce)
 from tests.support.native import needs_library
 
@@ -33,7 +33,7 @@ def test_the_switches_choose(monkeypatch, backend, isa):
 )
 def test_the_switches_refuse(monkeypatch, switches, said):
     chosen = switched(monkeypatch, **{"PTM_BACKEND": "", **switches})
-    with pytest.raises(KernelError, match=said):
+    with pytest.raises(RecipeError, match=said):
         chosen()
 
 
@@ -47,8 +47,14 @@ def test_the_switches_refuse(monkeypatch, switches, said):
 def test_kernels_for_cuda_are_refused_where_they_are_not(monkeypatch, wanted, said):
     switched(monkeypatch, PTM_BACKEND="", PTM_CUDA_KERNELS=wanted)
     monkeypatch.setattr(native, "_cuda_library", lambda: None)
-    with pytest.raises(KernelError, match=said):
+    with pytest.raises(RecipeError, match=said):
         native.table("cuda")
+
+
+def test_a_cpu_run_refuses_a_misspelt_switch_for_cuda_too(monkeypatch):
+    switched(monkeypatch, PTM_BACKEND="", PTM_CUDA_KERNELS="yes")
+    with pytest.raises(RecipeError, match="PTM_CUDA_KERNELS=yes: is 0 or 1"):
+        native.summary("cpu")
 
 
 @pytest.mark.parametrize(

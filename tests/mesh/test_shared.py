@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ptm.common.errors import HangError, KernelError
+from ptm.common.errors import HangError, RecipeError
 from ptm.kernels.shm import make_port
 from ptm.mesh.collectives import all_to_all, gather, scatter_sum
 from ptm.mesh.mesh import Mesh, share_groups
@@ -113,7 +113,7 @@ def test_where_one_rank_cannot_all_stay_with_gloo():
 
 def test_another_transport_is_refused(monkeypatch):
     monkeypatch.setenv("PTM_COLLECTIVES", "carrier_pigeon")
-    with pytest.raises(KernelError, match="PTM_COLLECTIVES=carrier_pigeon: is one of gloo, memory"):
+    with pytest.raises(RecipeError, match="PTM_COLLECTIVES=carrier_pigeon: is one of gloo, memory"):
         make_port(0, 2, 1.0)
 
 
