@@ -17,6 +17,7 @@ from ptm.quant.grid import Grid, GridKind, Quantized, round_to_nearest
 
 OUTPUTS, INPUTS = 8192, 2048
 COLD_BYTES = 400e6  # weights that take turns, so that none is still in a cache
+HEADS = [(2048, 256, 8192), (1024, 2048, 16384)]  # T, D, V: of the mini model, and a large one
 GRIDS = (Grid(GridKind.int4), Grid(GridKind.fp6_e2m3), Grid(GridKind.int8, 0))
 
 
@@ -46,8 +47,8 @@ def wq_linear_cases() -> Iterator[Case]:
 
 
 def linear_ce() -> Iterator[Case]:
-    """The head of the mini model and a large one, forward and backward, bf16."""
-    for T, D, V in ((2048, 256, 8192), (1024, 2048, 16384)):
+    """The head with its loss, forward and backward, bf16."""
+    for T, D, V in HEADS:
         draw = torch.Generator().manual_seed(0)
         x = torch.randn(T, D, generator=draw).bfloat16().requires_grad_()
         w = (0.03 * torch.randn(V, D, generator=draw)).bfloat16().requires_grad_()
