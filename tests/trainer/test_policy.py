@@ -1,8 +1,6 @@
 """Losses over log-probabilities against their definitions in fp64, and what they promise."""
 
-import importlib.util
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -82,66 +80,3 @@ def test_advantages_compare_within_a_group():
     deviation = 0.5  # of 1, 0, 0, 0, with n - 1
     assert float(found[0]) == pytest.approx(0.75 / (deviation + DEVIATION_EPS))
     assert abs(float(found[:4].sum())) < 1e-12
-
-
-needs_trl = pytest.mark.skipif(
-    importlib.util.find_spec("trl") is None, reason="trl is not installed"
-)
-
-
-@needs_trl
-@pytest.mark.parametrize("kl_coef", [0.0, 0.2])
-def test_grpo_is_what_trl_computes(kl_coef):
-    from trl import GRPOTrainer
-
-    policy, rollout, reference, mask = (t.float() if t.is_floating_point() else t
-                                        for t in numbers(seed=3))  # fmt: skip
-    gains = advantages(torch.tensor([0.0, 1, 0.5, 0, 1, 1, 0, 0]), 4)
-    policy.requires_grad_()
-    fake = _Trl(policy, kl_coef)
-    inputs = {
-        "prompt_ids": torch.zeros(8, 2, dtype=torch.long),
-        "prompt_mask": torch.ones(8, 2, dtype=torch.long),
-        "completion_ids": torch.zeros(8, 11, dtype=torch.long),
-        "completion_mask": mask.long(),
-        "advantages": gains,
-        "old_per_token_logps": rollout,
-        "ref_per_token_logps": reference,
-        "num_items_in_batch": mask.sum(),
-    }
-    theirs = GRPOTrainer._compute_loss(fake, None, inputs)
-    [wanted] = torch.autograd.grad(theirs, policy)
-    found = grpo(policy, rollout, gains, mask, clip=0.2, kl_coef=kl_coef, reference_BL=reference)
-    ours = found.losses_BL.sum() / mask.sum()
-    [grad] = torch.autograd.grad(ours, policy)
-    assert abs(float(ours - theirs)) <= 1e-5
-    torch.testing.assert_close(grad, wanted, rtol=1e-5, atol=1e-5)
-
-
-class _Trl:
-    """What GRPOTrainer._compute_loss reads of itself, with log-probabilities that are given."""
-
-    def __init__(self, log_probs, kl_coef):
-        from collections import defaultdict
-
-        self.log_probs, self.beta = log_probs, kl_coef
-        self.model = SimpleNamespace(training=True)
-        self.accelerator = SimpleNamespace(
-            device="cpu",
-            gather=lambda x: x.reshape(-1),
-            reduce=lambda x, reduction: x,
-            num_processes=1,
-        )
-        self.args = SimpleNamespace(
-            use_bias_correction_kl=False, delta=None, steps_per_generation=1
-        )
-        self._entropy_bonus_enabled = False
-        self.aux_loss_enabled = self.use_vllm = self.use_liger_kernel = False
-        self.top_entropy_quantile, self.off_policy_mask_threshold = 1.0, None
-        self.importance_sampling_level, self.loss_type = "token", "dapo"
-        self.epsilon_low = self.epsilon_high = 0.2
-        self.current_gradient_accumulation_steps, self.max_completion_length = 1, 11
-        self._metrics = {"train": defaultdict(list)}
-
-    def _get_per_token_logps_and_entropies(self, *args, **kwargs):
-        return self.log_probs, torch.zeros_like(self.log_probs), None
