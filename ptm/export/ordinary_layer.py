@@ -47,8 +47,12 @@ class Layer:
         return self.norm(f"{name}_layernorm", x)
 
     def linear(self, name: str, x: Tensor) -> Tensor:
+        """Some rows at a time, as products of bf16 may be made in fp32."""
         weight, bias = self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias")
-        return linear(x, weight, bias)
+        found = x.new_empty(*x.shape[:-1], len(weight))
+        for rows, out in zip(x.flatten(0, -2).split(CHUNK), found.flatten(0, -2).split(CHUNK)):
+            out.copy_(linear(rows, weight, bias))
+        return found
 
     def attend(self, n_BLD: Tensor) -> Tensor:
         """What o_proj reads, (B, L, H x K)."""

@@ -155,11 +155,12 @@ def solve(
     importance = factor.damped_KK.diagonal()
     scale, zero = grid.scales(target, importance, options.candidates)
     columns = _Columns(grid, scale, zero, w.shape[1])
-    codes = _sweep(target, factor, columns)
-    codes = _descend(target, codes, factor, columns, options.descents)
+    near_KN = _sweep(target, factor, columns)
+    _descend(target, near_KN, factor, columns, options.descents)
+    codes = columns.codes(near_KN.t())
     dead = factor.dead_K
     if bool(dead.any()):
-        codes[:, dead] = grid.encode(w, columns.scale_NG, zero)[:, dead]
+        codes[:, dead] = columns.codes(w)[:, dead]
     quantized = Quantized(grid, codes, columns.scale_NG, zero)
     return Solved(
         quantized,
@@ -178,26 +179,28 @@ def relative_error(w_NK: Tensor, near_NK: Tensor, hessian_KK: Tensor) -> float:
 
 
 class _Columns:
-    """The grid one column at a time, with scales that fit its codes ever better."""
+    """The grid one column at a time, with scales that fit its codes ever better; scales and zeros
+    of a group lie in a row, in fp32."""
 
     def __init__(self, grid: Grid, scale_NG: Tensor, zero_NG: Tensor | None, num_inputs: int):
-        self.size = grid.group or num_inputs
-        self.column = Grid(grid.kind, 0, grid.is_symmetric, grid.scale_dtype)
-        self.scale_NG, self.zero_NG, self.num_inputs = scale_NG.clone(), zero_NG, num_inputs
+        self.grid, self.size, self.num_inputs = grid, grid.group or num_inputs, num_inputs
+        self.scale_NG, self.zero_NG = scale_NG.clone(), zero_NG
+        self.scale_GN = scale_NG.t().float().contiguous()
+        self.divisor_GN = _divisor(self.scale_GN)
+        middle = [float(grid.middle)] * len(self.scale_GN)
+        self.zero_GN = middle if zero_NG is None else zero_NG.t().float().contiguous()
 
-    def _of(self, k: int) -> tuple[Tensor, Tensor | None]:
-        g = slice(k // self.size, k // self.size + 1)
-        return self.scale_NG[:, g], None if self.zero_NG is None else self.zero_NG[:, g]
+    def nearest(self, w_N: Tensor, k: int) -> Tensor:
+        g = k // self.size
+        return self.grid.nearest(w_N, self.scale_GN[g], self.divisor_GN[g], self.zero_GN[g])
 
-    def encode(self, w_N: Tensor, k: int) -> Tensor:
-        return self.column.encode(w_N[:, None], *self._of(k))[:, 0]
-
-    def decode(self, codes_N: Tensor, k: int) -> Tensor:
-        return self.column.decode(codes_N[:, None], *self._of(k))[:, 0]
+    def codes(self, near_NK: Tensor) -> Tensor:
+        """Of weights that lie on the grid."""
+        return self.grid.encode(near_NK, self.scale_NG, self.zero_NG)
 
     def groups(self, start: int, stop: int) -> range:
         """Those that lie within these columns."""
-        num_groups = self.scale_NG.shape[1]
+        num_groups = len(self.scale_GN)
         end = num_groups if stop == self.num_inputs else stop // self.size
         return range(-(-start // self.size), end)
 
@@ -211,8 +214,8 @@ class _Columns:
         s + u slope / (u H u^T), and rounding takes the stored number that is nearest to it.
         """
         of = slice(group * self.size, min((group + 1) * self.size, self.num_inputs))
-        scale = self.scale_NG[:, group].float()
-        unit = near_KN[of] / scale.where(scale > 0, 1.0)
+        scale = self.scale_GN[group].clone()
+        unit = near_KN[of] / self.divisor_GN[group]
         live = unit * ~factor.dead_K[of, None]
         curve = (live * (factor.damped_KK[of, of] @ live)).sum(0)
         step = (live * slope_KN[of]).sum(0) / curve.where(curve > 0, 1.0)
@@ -220,47 +223,49 @@ class _Columns:
         is_good = (curve > 0) & (scale > 0) & (wanted > 0) & wanted.isfinite()
         found = torch.where(is_good, wanted, self.scale_NG[:, group])
         self.scale_NG[:, group] = found
-        change = unit * found.float() - near_KN[of]
+        self.scale_GN[group] = found
+        self.divisor_GN[group] = _divisor(self.scale_GN[group])
+        change = unit * self.scale_GN[group] - near_KN[of]
         near_KN[of] += change
         slope_KN[block] -= factor.damped_KK[block, of] @ change
-        return int((found.float() != scale).sum())
+        return int((self.scale_GN[group] != scale).sum())
+
+
+def _divisor(scale: Tensor) -> Tensor:
+    return scale.where(scale > 0, torch.inf)
 
 
 def _sweep(target_NK: Tensor, factor: Factor, columns: _Columns) -> Tensor:
-    """Codes (N, K): step 3 of this file's docstring. Inputs are rows here, to lie one by one."""
+    """Weights on the grid, (K, N): step 3 of this file's docstring. Inputs are rows, to lie one by
+    one."""
     order = factor.order_K.tolist()
     w_KN = target_NK.t()[factor.order_K].contiguous()
     upper = factor.upper_KK
-    codes_KN = torch.empty(w_KN.shape, dtype=torch.uint8, device=w_KN.device)
+    near_KN = torch.empty_like(w_KN)
     roots = upper.diagonal().tolist()
     for start in range(0, len(order), BLOCK):
         stop = min(start + BLOCK, len(order))
         errors = torch.empty_like(w_KN[start:stop])
         for i in range(start, stop):
-            codes_KN[i] = columns.encode(w_KN[i], order[i])
-            near = columns.decode(codes_KN[i], order[i])
+            near = near_KN[order[i]] = columns.nearest(w_KN[i], order[i])
             error = torch.sub(w_KN[i], near, out=errors[i - start]).div_(roots[i])
             w_KN[i + 1 : stop].addr_(upper[i, i + 1 : stop], error, alpha=-1)
         w_KN[stop:].addmm_(upper[start:stop, stop:].t(), errors, alpha=-1)
-    found = torch.empty_like(codes_KN)
-    found[factor.order_K] = codes_KN
-    return found.t().contiguous()
+    return near_KN
 
 
 def _descend(
-    target_NK: Tensor, codes_NK: Tensor, factor: Factor, columns: _Columns, passes: int
-) -> Tensor:
-    """Step 4: the codes (N, K) after so many passes, or fewer where nothing moves any more.
+    target_NK: Tensor, near_KN: Tensor, factor: Factor, columns: _Columns, passes: int
+) -> None:
+    """Step 4, in place: so many passes, or fewer where nothing moves any more.
 
     With the others fixed the loss is a parabola in one weight, so the best code is the one nearest
     to its lowest point, v + gradient / H[k, k]. The scales of a block's groups follow its codes, in
     all passes but the last.
     """
     hessian, dead = factor.damped_KK, factor.dead_K.tolist()
-    codes_KN = codes_NK.t().contiguous()
-    near_KN = torch.stack([columns.decode(codes, k) for k, codes in enumerate(codes_KN)])
     slope_KN = hessian @ (target_NK.t() - near_KN)
-    curves, K = hessian.diagonal().tolist(), len(codes_KN)
+    curves, K = hessian.diagonal().tolist(), len(near_KN)
     for left in reversed(range(passes)):
         num_moved = 0
         for start in range(0, K, BLOCK):
@@ -270,8 +275,7 @@ def _descend(
             for k in range(start, stop):
                 if dead[k]:
                     continue
-                codes_KN[k] = columns.encode(slope_KN[k].div(curves[k]).add_(near_KN[k]), k)
-                near = columns.decode(codes_KN[k], k)
+                near = columns.nearest(slope_KN[k].div(curves[k]).add_(near_KN[k]), k)
                 change = near - near_KN[k]
                 num_moved += int(change.count_nonzero())
                 near_KN[k] = near
@@ -283,4 +287,3 @@ def _descend(
                 slope_KN[rest].addmm_(hessian[rest, block], changes, alpha=-1)
         if not num_moved:
             break
-    return codes_KN.t().contiguous()

@@ -92,20 +92,43 @@ class Grid:
 
     def encode(self, w_NK: Tensor, scale_NG: Tensor, zero_NG: Tensor | None = None) -> Tensor:
         """Codes (N, K) uint8 of fp32 weights (N, K) with stored scales (N, G)."""
-        scale = self._spread(scale_NG, w_NK.shape[1]).float()
-        ratio = torch.where(scale > 0, w_NK.float() / scale, 0.0)
-        if not self.is_int:
-            return _nearest_fp6(ratio, self.kind)
-        zero = self._zero(zero_NG, w_NK.shape[1])
-        return ratio.round_().add_(zero).clamp_(0, 2**self.bits - 1).to(torch.uint8)
+        K = w_NK.shape[1]
+        return self.code_of(w_NK.float(), *self.spread(scale_NG, zero_NG, K))
 
     def decode(self, codes_NK: Tensor, scale_NG: Tensor, zero_NG: Tensor | None = None) -> Tensor:
         """Weights (N, K) fp32 that the codes stand for."""
-        K = codes_NK.shape[1]
-        scale = self._spread(scale_NG, K).float()
+        return self.weight_of(codes_NK, *self.spread(scale_NG, zero_NG, codes_NK.shape[1]))
+
+    def spread(
+        self, scale_NG: Tensor, zero_NG: Tensor | None, num_inputs: int
+    ) -> tuple[Tensor, Tensor | float]:
+        """Scale and zero of each weight in fp32, (N, K) each; of a symmetric grid one zero."""
+        assert (zero_NG is None) == self.is_symmetric, self
+        zero = self.middle if zero_NG is None else self._spread(zero_NG, num_inputs)
+        return self._spread(scale_NG, num_inputs).float(), (
+            float(zero) if isinstance(zero, int) else zero.float()
+        )
+
+    def code_of(self, w: Tensor, scale: Tensor, zero: Tensor | float) -> Tensor:
+        """Codes, uint8, of fp32 weights whose scales and zeros lie beside them."""
+        ratio = torch.where(scale > 0, w / scale, 0.0)
+        if not self.is_int:
+            return _nearest_fp6(ratio, self.kind)
+        return ratio.round_().add_(zero).clamp_(0, 2**self.bits - 1).to(torch.uint8)
+
+    def weight_of(self, codes: Tensor, scale: Tensor, zero: Tensor | float) -> Tensor:
+        """Weights, fp32, of codes whose scales and zeros lie beside them."""
         if self.is_int:
-            return scale * (codes_NK.float() - self._zero(zero_NG, K))
-        return scale * self.values().to(codes_NK.device)[codes_NK.long()]
+            return scale * (codes.float() - zero)
+        return scale * self.values().to(codes.device)[codes.long()]
+
+    def nearest(self, w: Tensor, scale: Tensor, divisor: Tensor, zero: Tensor | float) -> Tensor:
+        """`weight_of` the `code_of` weights, without codes between; divisor: the scale, infinite
+        where that is 0."""
+        ratio = w / divisor
+        if not self.is_int:
+            return self.weight_of(_nearest_fp6(ratio, self.kind), scale, zero)
+        return ratio.round_().add_(zero).clamp_(0, 2**self.bits - 1).sub_(zero).mul_(scale)
 
     def fake(self, w_NK: Tensor, scale_NG: Tensor, zero_NG: Tensor | None = None) -> Tensor:
         """The grid's nearest to each weight, (N, K) fp32."""
@@ -189,10 +212,6 @@ class Grid:
         size = self.group or num_inputs
         assert of_NG.shape[1] == self.num_groups(num_inputs), (of_NG.shape, num_inputs, self)
         return of_NG.repeat_interleave(size, dim=1)[:, :num_inputs]
-
-    def _zero(self, zero_NG: Tensor | None, num_inputs: int) -> Tensor | float:
-        assert (zero_NG is None) == self.is_symmetric, self
-        return float(self.middle) if zero_NG is None else self._spread(zero_NG, num_inputs).float()
 
 
 @dataclass
