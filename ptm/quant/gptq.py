@@ -220,7 +220,7 @@ class _Columns:
         curve = (live * (factor.damped_KK[of, of] @ live)).sum(0)
         step = (live * slope_KN[of]).sum(0) / curve.where(curve > 0, 1.0)
         wanted = (scale + step).to(self.scale_NG.dtype)
-        is_good = (curve > 0) & (scale > 0) & (wanted > 0) & wanted.isfinite()
+        is_good = (curve > 0) & (wanted.float() * scale > 0) & wanted.isfinite()
         found = torch.where(is_good, wanted, self.scale_NG[:, group])
         self.scale_NG[:, group] = found
         self.scale_GN[group] = found
@@ -232,7 +232,7 @@ class _Columns:
 
 
 def _divisor(scale: Tensor) -> Tensor:
-    return scale.where(scale > 0, torch.inf)
+    return scale.where(scale != 0, torch.inf)
 
 
 def _sweep(target_NK: Tensor, factor: Factor, columns: _Columns) -> Tensor:

@@ -111,7 +111,7 @@ class Grid:
 
     def code_of(self, w: Tensor, scale: Tensor, zero: Tensor | float) -> Tensor:
         """Codes, uint8, of fp32 weights whose scales and zeros lie beside them."""
-        ratio = torch.where(scale > 0, w / scale, 0.0)
+        ratio = torch.where(scale != 0, w / scale, 0.0)
         if not self.is_int:
             return _nearest_fp6(ratio, self.kind)
         return ratio.round_().add_(zero).clamp_(0, 2**self.bits - 1).to(torch.uint8)
@@ -141,7 +141,8 @@ class Grid:
 
         From the largest |w| of a group; with candidates, that many scales from a little above it
         down to half of it (0.9 with int8) are tried, and the one with the least squared error is
-        kept, each input weighted by its importance (K,).
+        kept, each input weighted by its importance (K,). int4 has one code more below 0 than above:
+        negative scales are tried too, which turn it to the side with the largest |w|.
         Raises: ValueError where a weight is not finite, or a scale overflows its type.
         """
         grouped = self._grouped(w_NK.float())
@@ -163,7 +164,10 @@ class Grid:
         )
         least = self._error(grouped, weight, best, best_zero)
         top = self.largest / (self.middle - 1) if self.is_int and self.is_symmetric else 1.0
-        for shrink in torch.linspace(top, _SHRINK[self.kind], num_candidates).tolist():
+        shrinks = torch.linspace(top, _SHRINK[self.kind], num_candidates).tolist()
+        if self.kind is GridKind.int4 and self.is_symmetric:
+            shrinks += [-shrink for shrink in shrinks]
+        for shrink in shrinks:
             scale = self._stored(span * shrink)
             zero = self._zero_points(low * shrink, scale)
             error = self._error(grouped, weight, scale, zero)
@@ -189,9 +193,10 @@ class Grid:
     ) -> Tensor:
         """Weighted squared error of each group, (N, G)."""
         N, G, k = grouped_NGk.shape
-        whole = Grid(self.kind, 0, self.is_symmetric, self.scale_dtype)
-        zero = None if zero_NG is None else zero_NG.reshape(N * G, 1)
-        near = whole.fake(grouped_NGk.reshape(N * G, k), scale_NG.reshape(N * G, 1), zero)
+        scale = scale_NG.reshape(N * G, 1).float()
+        divisor = scale.where(scale != 0, torch.inf)
+        zero = float(self.middle) if zero_NG is None else zero_NG.reshape(N * G, 1).float()
+        near = self.nearest(grouped_NGk.reshape(N * G, k), scale, divisor, zero)
         return (
             near.sub_(grouped_NGk.reshape(N * G, k))
             .square_()
