@@ -116,7 +116,7 @@ def show_export(job: PlanExportJob) -> None:
     model = load_recipe([f"recipe={job.recipe}", f"model.scale={job.scale}"]).model
     is_16 = job.bits == 16
     given = ExportConfig(
-        run="", format=job.format, bits=None if is_16 else job.bits, group=job.group,
+        run="", format=job.format, bits=None if is_16 else str(job.bits), group=job.group,
         layers=job.layers,
     )  # fmt: skip
     check_sizes(linears_of(model, job.layers), given)

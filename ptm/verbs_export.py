@@ -132,7 +132,7 @@ def settled(job: ExportConfig, folder: Path) -> ExportConfig:
         raise RecipeError(line("format", job.format, rule, remedy))
     return dataclasses.replace(
         job,
-        bits=grid.bits,
+        bits=str(grid.bits),
         group=grid.group,
         symmetric=grid.is_symmetric,
         layers=recipe.qat.layers,

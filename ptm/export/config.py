@@ -65,6 +65,9 @@ class Method(Choice):
     trained = "trained"
 
 
+AUTO = "auto"
+
+
 @config
 class ExportConfig:
     run: str
@@ -74,11 +77,11 @@ class ExportConfig:
     format: ExportFormat = ExportFormat.gptq
     """gptq: what transformers, vLLM and GPTQModel read; compressed-tensors: pack-quantized; fp6:
     TC-FPx's 4+2 split."""
-    bits: int | None = ranged(None, least=4, most=8)
-    "Bits of a weight: 4 or 8; 6 with format=fp6. null is 4 or 6."
+    bits: str | None = None
+    """Bits of a weight: 4 or 8; 6 with format=fp6; auto: 4, 8 or 16 for each linear, so that by
+    measurement least is lost at `size`. null is 4, or 6, or auto with a size."""
     size: str | None = None
-    """Bytes of all weights, like 23.3GB: each linear gets 4, 8 or 16 bits, as little as is lost by
-    measurement; null: all have `bits`."""
+    "Bytes of all weights, like 23.3GB, with bits=auto."
     group: int = ranged(128, least=0, most=2**16)
     "Inputs that share a scale; 0 is one scale for each output."
     symmetric: bool = True
@@ -114,22 +117,29 @@ class ExportConfig:
     @property
     def width(self) -> int:
         """Bits of a weight."""
-        return self.bits or (6 if self.format is ExportFormat.fp6 else 4)
+        if self.bits is None or self.bits == AUTO:
+            return 6 if self.format is ExportFormat.fp6 else 4
+        return int(self.bits)
 
     def check(self) -> None:
         """Raise RecipeError where two keys contradict each other."""
-        wanted = (6,) if self.format is ExportFormat.fp6 else (4, 8)
-        if self.width not in wanted:
-            rule = f"format={self.format} has {' or '.join(map(str, wanted))}"
-            other = "give format=fp6" if self.bits == 6 else f"give bits={wanted[0]}"
+        wanted = ("6",) if self.format is ExportFormat.fp6 else ("4", "8")
+        if self.bits not in (None, AUTO, *wanted):
+            rule = f"format={self.format} has {' or '.join(wanted)}"
+            if self.format is not ExportFormat.fp6:
+                rule += ", or auto with a size"
+            other = "give format=fp6" if self.bits == "6" else f"give bits={wanted[0]}"
             raise RecipeError(line("bits", self.bits, rule, other))
         if self.format is ExportFormat.fp6 and not self.symmetric:
             raise RecipeError(line("symmetric", "false", "fp6 has no zero points", "leave it out"))
-        if self.size is not None:
-            parse_bytes(self.size, key="size")
-            if self.format is ExportFormat.fp6 or self.bits is not None:
-                rule = "chooses among 4, 8 and 16 bits"
-                raise RecipeError(line("size", self.size, rule, "leave out bits and format=fp6"))
+        if self.size is None:
+            if self.bits == AUTO:
+                raise RecipeError(line("bits", AUTO, "needs a size", "give one, like size=23GB"))
+            return
+        parse_bytes(self.size, key="size")
+        if self.format is ExportFormat.fp6 or self.bits not in (None, AUTO):
+            rule = "chooses among 4, 8 and 16 bits"
+            raise RecipeError(line("size", self.size, rule, "give bits=auto and no format=fp6"))
 
 
 @config

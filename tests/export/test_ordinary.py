@@ -41,9 +41,9 @@ def read(out: Path) -> QuantSource:
     "keys",
     [
         {},
-        {"bits": 8, "symmetric": False, "method": Method.nearest},
+        {"bits": "8", "symmetric": False, "method": Method.nearest},
         {"format": CT, "group": 0, "method": Method.nearest},
-        {"format": FP6, "bits": 6, "method": Method.nearest},
+        {"format": FP6, "bits": "6", "method": Method.nearest},
     ],
     ids=["gptq", "int8-asymmetric", "compressed-tensors", "fp6"],
 )
@@ -62,7 +62,7 @@ def test_an_export_has_every_linear_and_all_else_as_it_was(
             assert torch.equal(near, wanted), name
             continue
         error = float((near - wanted).square().sum() / wanted.square().sum())
-        assert error < {4: 0.1, 6: 5e-3, 8: 1e-3}[keys.get("bits", 4)], (name, error)
+        assert error < {"4": 0.1, "6": 5e-3, "8": 1e-3}[keys.get("bits", "4")], (name, error)
     if not keys:
         assert all(r.error and r.nearest and r.error < r.nearest for r in records)
     config = json.loads((out / "config.json").read_text())

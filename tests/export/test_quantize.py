@@ -84,10 +84,10 @@ def files_of(folder: Path) -> dict[str, bytes]:
     "keys",
     [
         {"format": ExportFormat.gptq},
-        {"format": ExportFormat.gptq, "bits": 8, "symmetric": False},
+        {"format": ExportFormat.gptq, "bits": "8", "symmetric": False},
         {"format": ExportFormat.compressed_tensors, "group": 0},
         {"format": ExportFormat.compressed_tensors, "symmetric": False},
-        {"format": ExportFormat.fp6, "bits": 6},
+        {"format": ExportFormat.fp6, "bits": "6"},
         {"format": ExportFormat.gptq, "layers": Layers.published},
     ],
     ids=str,
@@ -179,7 +179,7 @@ def test_what_was_begun_is_not_mixed_with_another_export(opened: Opened, tmp_pat
     with pytest.raises(Killed):
         run(opened, tmp_path / "out", advance)
     with pytest.raises(CheckpointError, match=r"another export that was begun \(bits differ\)"):
-        run(opened, tmp_path / "out", bits=8)
+        run(opened, tmp_path / "out", bits="8")
     out, _ = run(opened, tmp_path / "out")
     with pytest.raises(CheckpointError, match="is there already"):
         run(opened, out)
@@ -230,9 +230,12 @@ def test_convert_reads_an_export_back(opened: Opened, tmp_path: Path) -> None:
 def test_bad_sizes_are_one_line(opened: Opened, tmp_path: Path) -> None:
     for keys, match in (
         ({"group": 48}, r"group=48: must divide the \d+ inputs of .*; give 64"),
-        ({"bits": 6}, "bits=6: format=gptq has 4 or 8; give format=fp6"),
-        ({"format": ExportFormat.fp6, "bits": 4}, "bits=4: format=fp6 has 6; give bits=6"),
-        ({"format": ExportFormat.fp6, "bits": 6, "symmetric": False}, "fp6 has no zero points"),
+        ({"bits": "6"}, "bits=6: format=gptq has 4 or 8, or auto .*; give format=fp6"),
+        ({"bits": "four"}, "bits=four: format=gptq has 4 or 8, or auto with a size; give bits=4"),
+        ({"bits": "auto"}, "bits=auto: needs a size; give one, like size=23GB"),
+        ({"bits": "4", "size": "1GB"}, "size=1GB: chooses among 4, 8 and 16 bits; give bits=auto"),
+        ({"format": ExportFormat.fp6, "bits": "4"}, "bits=4: format=fp6 has 6; give bits=6"),
+        ({"format": ExportFormat.fp6, "bits": "6", "symmetric": False}, "fp6 has no zero points"),
     ):
         with pytest.raises(RecipeError, match=match):
             run(opened, tmp_path / "out", **keys)  # type: ignore[arg-type]
@@ -275,7 +278,7 @@ def test_strange_quantization_configs_are_refused(
     [
         {},
         {"group": 16, "format": ExportFormat.compressed_tensors},
-        {"bits": 8, "symmetric": False},
+        {"bits": "8", "symmetric": False},
         {"format": ExportFormat.fp6, "fp6": Fp6.e3m2},
     ],
     ids=str,

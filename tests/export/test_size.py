@@ -24,7 +24,7 @@ GIB = 2**30
     "keys",
     [
         {},
-        {"bits": 8, "symmetric": False},
+        {"bits": "8", "symmetric": False},
         {"format": ExportFormat.compressed_tensors, "symmetric": False},
         {"format": ExportFormat.fp6},
     ],
@@ -41,7 +41,7 @@ def test_counts_what_is_stored(N: int, K: int, group: int, keys: dict) -> None:
 @pytest.mark.parametrize("bits, published_gib", [(4, 20.0), (8, 38.5), (16, 74.4)])
 def test_m32_is_as_large_as_published(bits: int, published_gib: float) -> None:
     model = load_recipe(["recipe=m32", "model.scale=full"]).model
-    config = ExportConfig(run="", bits=min(bits, 8), layers=Layers.published)
+    config = ExportConfig(run="", bits=str(min(bits, 8)), layers=Layers.published)
     kinds = kinds_of(model, config, is_16_bits=bits == 16)
     assert sum(k.num_bytes for k in kinds) == pytest.approx(published_gib * GIB, rel=0.02)
     quantized = [k for k in kinds if k.bits < 16]

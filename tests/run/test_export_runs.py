@@ -45,7 +45,7 @@ def test_ranks_give_the_same_bytes_and_bits_fit_a_size(tmp_path: Path) -> None:
         assert (one / name).read_bytes() == (two / name).read_bytes(), name
 
     size = int(1.25 * total_bytes(one))
-    mixed = export(0, "mixed", f"size={size}")
+    mixed = export(0, "mixed", "bits=auto", f"size={size}")
     assert total_bytes(one) < total_bytes(mixed) <= size
     bits = {record["bits"] for record in json.loads((mixed / "layers.json").read_text())}
     assert bits == {4, 8}, bits

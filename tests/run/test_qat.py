@@ -67,7 +67,7 @@ def test_export_is_what_the_last_forward_saw(
     with pytest.raises(RecipeError, match="was trained on"):
         other = ExportFormat.gptq if format is ExportFormat.fp6 else ExportFormat.fp6
         bits = 4 if other is ExportFormat.gptq else 6
-        verbs_export.export(ExportConfig(run=str(tmp_path / "run"), format=other, bits=bits))
+        verbs_export.export(ExportConfig(run=str(tmp_path / "run"), format=other, bits=str(bits)))
 
 
 def test_bad_qat_settings_are_one_line(tmp_path: Path) -> None:
