@@ -154,6 +154,15 @@ def test_a_signal_in_the_middle_of_a_commit(
     assert done.returncode == 0 and f"resuming after step {stopped} from" in done.stdout
 
 
+def moved_rows(got: dict[str, Any], expected: dict[str, Any]) -> list[int]:
+    """Of 512 tokens with 2 experts each, rows that went to another expert, layer by layer."""
+    shares = [
+        (got["expert_load"][layer]["share"], of["share"])
+        for layer, of in expected["expert_load"].items()
+    ]
+    return [round(sum(abs(x - y) for x, y in zip(*pair)) * 1024 / 2) for pair in shares]
+
+
 def test_a_run_moves_by_its_page_files(text: Path, cache: Path, tmp_path: Path) -> None:
     """2 ranks -> 1 -> 4 with ep 2 -> 2 with ep 2, killed each time, without any checkpoint."""
     folder, ssd, out = tmp_path / "run", tmp_path / "ssd", tmp_path / "out.txt"
@@ -174,7 +183,11 @@ def test_a_run_moves_by_its_page_files(text: Path, cache: Path, tmp_path: Path) 
     assert len(resumed) == 3 and all(a >= b - 1 for a, b in zip(resumed, (4, 8, 12)))
     straight = runs.launch(2, words(tmp_path / "straight", tmp_path / "s", text, **keys), cache)
     assert straight.returncode == 0, straight.stderr
+    has_flipped = False
     for got, expected in zip(runs.log(folder), runs.log(tmp_path / "straight"), strict=True):
         assert got["tokens"] == expected["tokens"]
-        assert got["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+        moved = moved_rows(got, expected)
+        if any(moved) and not has_flipped:  # a near-tie of the router that other sums decide
+            has_flipped = next(rows for rows in moved if rows) <= 2
+        assert got["loss"] == pytest.approx(expected["loss"], rel=1e-3 if has_flipped else 1e-6)
     assert [path.name.rpartition(".")[2] for path in ssd.iterdir()] == ["n2e2"]
