@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from ptm.kernels.linear import widen
-from ptm.quant.grid import Grid, Quantized
+from ptm.quant.grid import Grid, Quantized, divisor_of
 
 BLOCK = 128
 CHUNK = 2048
@@ -186,7 +186,7 @@ class _Columns:
         self.grid, self.size, self.num_inputs = grid, grid.group or num_inputs, num_inputs
         self.scale_NG, self.zero_NG = scale_NG.clone(), zero_NG
         self.scale_GN = scale_NG.t().float().contiguous()
-        self.divisor_GN = _divisor(self.scale_GN)
+        self.divisor_GN = divisor_of(self.scale_GN)
         middle = [float(grid.middle)] * len(self.scale_GN)
         self.zero_GN = middle if zero_NG is None else zero_NG.t().float().contiguous()
 
@@ -224,15 +224,11 @@ class _Columns:
         found = torch.where(is_good, wanted, self.scale_NG[:, group])
         self.scale_NG[:, group] = found
         self.scale_GN[group] = found
-        self.divisor_GN[group] = _divisor(self.scale_GN[group])
+        self.divisor_GN[group] = divisor_of(self.scale_GN[group])
         change = unit * self.scale_GN[group] - near_KN[of]
         near_KN[of] += change
         slope_KN[block] -= factor.damped_KK[block, of] @ change
         return int((self.scale_GN[group] != scale).sum())
-
-
-def _divisor(scale: Tensor) -> Tensor:
-    return scale.where(scale != 0, torch.inf)
 
 
 def _sweep(target_NK: Tensor, factor: Factor, columns: _Columns) -> Tensor:

@@ -12,7 +12,7 @@ is one fp32 product of the widened scale with an exact small number, so every re
 fake quantization that follows this file gives the same bits. Rounding is to nearest on w / scale in
 fp32, ties to even codes (to the even multiple of the step, for integers before the zero is added);
 what lies outside is clamped. A group of zeros, or one whose scale underflows, has scale 0 and
-decodes to 0.
+decodes to 0. A scale may be negative.
 
 Source of the 6-bit grids: FP6-LLM, arXiv 2401.14112; of the integer ones: GPTQ, arXiv 2210.17323.
 """
@@ -111,7 +111,7 @@ class Grid:
 
     def code_of(self, w: Tensor, scale: Tensor, zero: Tensor | float) -> Tensor:
         """Codes, uint8, of fp32 weights whose scales and zeros lie beside them."""
-        ratio = torch.where(scale != 0, w / scale, 0.0)
+        ratio = w / divisor_of(scale)
         if not self.is_int:
             return _nearest_fp6(ratio, self.kind)
         return ratio.round_().add_(zero).clamp_(0, 2**self.bits - 1).to(torch.uint8)
@@ -123,8 +123,7 @@ class Grid:
         return scale * self.values().to(codes.device)[codes.long()]
 
     def nearest(self, w: Tensor, scale: Tensor, divisor: Tensor, zero: Tensor | float) -> Tensor:
-        """`weight_of` the `code_of` weights, without codes between; divisor: the scale, infinite
-        where that is 0."""
+        """`weight_of` the `code_of` weights, without codes between; divisor: `divisor_of` scale."""
         ratio = w / divisor
         if not self.is_int:
             return self.weight_of(_nearest_fp6(ratio, self.kind), scale, zero)
@@ -194,7 +193,7 @@ class Grid:
         """Weighted squared error of each group, (N, G)."""
         N, G, k = grouped_NGk.shape
         scale = scale_NG.reshape(N * G, 1).float()
-        divisor = scale.where(scale != 0, torch.inf)
+        divisor = divisor_of(scale)
         zero = float(self.middle) if zero_NG is None else zero_NG.reshape(N * G, 1).float()
         near = self.nearest(grouped_NGk.reshape(N * G, k), scale, divisor, zero)
         return (
@@ -217,6 +216,11 @@ class Grid:
         size = self.group or num_inputs
         assert of_NG.shape[1] == self.num_groups(num_inputs), (of_NG.shape, num_inputs, self)
         return of_NG.repeat_interleave(size, dim=1)[:, :num_inputs]
+
+
+def divisor_of(scale: Tensor) -> Tensor:
+    """What weights are divided by: the scale, infinite where that is 0."""
+    return scale.where(scale != 0, torch.inf)
 
 
 @dataclass

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ptm.quant.grid import Grid, GridKind, Quantized, round_to_nearest
+from ptm.quant.grid import Grid, GridKind, Quantized, divisor_of, round_to_nearest
 
 KINDS = list(GridKind)
 FP6 = [GridKind.fp6_e3m2, GridKind.fp6_e2m3]
@@ -120,6 +120,30 @@ def test_zeros_tiny_and_hopeless_weights(kind: GridKind, is_symmetric: bool) -> 
         w[2, 5] = bad
         with pytest.raises(ValueError, match="not finite"):
             grid.scales(w)
+
+
+@pytest.mark.parametrize(("kind", "is_symmetric"), GRIDS)
+def test_the_nearest_weight_is_that_of_its_code(kind: GridKind, is_symmetric: bool) -> None:
+    """With scales of both signs and none."""
+    grid = Grid(kind, 32, is_symmetric)
+    w = weights(6, 128) * 3
+    plain = round_to_nearest(weights(6, 128), grid)
+    scale = plain.scale_NG * torch.tensor([1.0, -1.0, 0.0, 2.0, -0.5, 1.0])[:, None]
+    scale = scale.to(grid.scale_dtype)
+    wide, zero = grid.spread(scale, plain.zero_NG, 128)
+    found = grid.nearest(w, wide, divisor_of(wide), zero)
+    assert torch.equal(found, grid.fake(w, scale, plain.zero_NG))
+    assert not found[2].any() and all(row.any() for row in found[[0, 1, 3, 4, 5]])
+
+
+def test_a_negative_scale_turns_the_grid_to_the_largest_weight() -> None:
+    """int4 reaches 8 steps on one side: an outlier of either sign costs no clamping."""
+    grid = Grid(GridKind.int4, 0, scale_dtype=torch.float32)
+    row = torch.cat([torch.arange(-7, 8), torch.tensor([8.0])])
+    w = torch.stack([row, -row])
+    scale, _ = grid.scales(w, num_candidates=113)  # 7.5 / 8 of the plain scale is among these
+    error = (grid.fake(w, scale) - w).abs().amax(1)
+    assert float(scale[0]) < 0 < float(scale[1]) and float(error.max()) < 0.05
 
 
 def test_size_counts_codes_scales_and_zeros() -> None:
