@@ -146,7 +146,9 @@ def open_run(recipe: Recipe, plan: Plan) -> Iterator[Parts]:
         model, engine = build_model(recipe, mesh, plan, peers, run_id=run_id)
         stack.push(lambda kind, *_: engine.close(is_failing=kind is not None))
         start = Start(recipe, peers)
-        state = first_weights(recipe, checkpoints, engine, peers, start, run_id=run_id)
+        state = first_weights(
+            recipe, checkpoints, engine, peers, start, run_id=run_id, encode=corpus.tokenizer.encode
+        )
         kernels = native.table(mesh.device.type)
         on_main(peers, lambda: run_folder.describe(recipe, plan.text(), kernels))
         say(native.summary(mesh.device.type))

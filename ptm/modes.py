@@ -72,6 +72,7 @@ class Setup:
             micro_batch_size=self.recipe.train.micro_batch_size,
             num_rows=num_rows,
             prefetch=prefetch,
+            num_soft=len(self.model.soft_ids),
         )
         return self.stack.enter_context(batches)
 

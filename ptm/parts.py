@@ -26,15 +26,16 @@ from ptm.common.errors import CheckpointError, line
 from ptm.common.plan import Plan
 from ptm.data.corpus import Corpus, Split
 from ptm.data.loader import Loader, Rows
-from ptm.data.pack import Batch
+from ptm.data.pack import Batch, with_soft
 from ptm.engine.config import EngineKind
 from ptm.engine.engine import PagedEngine
 from ptm.engine.open_store import TierOpener
 from ptm.eval.perplexity import held_out
 from ptm.mesh.mesh import Mesh
 from ptm.mesh.peers import Peers
+from ptm.model.adapter import SOFT_TOKENS, add_adapter, first_ids, use_adapter
+from ptm.model.hf_names import EMBEDDING
 from ptm.model.init import new_weight
-from ptm.model.lora import add_lora, use_lora
 from ptm.model.lora_config import AdapterKind
 from ptm.model.transformer import Transformer
 from ptm.optim.adamw import AdamW
@@ -90,8 +91,7 @@ def build_model(
             recompute=recipe.train.recompute is Recompute.block,
         )
     model = Transformer(recipe.model, dtype=dtype, device="meta")
-    if recipe.adapter.kind is AdapterKind.lora:
-        add_lora(model, recipe.adapter)
+    add_adapter(model, recipe.adapter)
     units = units_of(model)
     materialize_buffers(model, mesh.device)
     share_experts(model, mesh, recipe.engine.chunks)
@@ -124,8 +124,7 @@ def build_model(
             gpu_bytes=tiers.get("gpu", 0),
         ),
     )
-    if recipe.adapter.kind is AdapterKind.lora:
-        use_lora(model, recipe.adapter)
+    use_adapter(model, recipe.adapter)
     if (grid := recipe.qat.made()) is not None:  # last: the engine takes parameters as they are
         put_on_grid(model, grid, recipe.qat.layers)
     return model, engine
@@ -168,7 +167,14 @@ class Start:
 
 
 def first_weights(
-    recipe: Recipe, checkpoints: Path, engine: Engine, peers: Peers, start: Start, *, run_id: str
+    recipe: Recipe,
+    checkpoints: Path,
+    engine: Engine,
+    peers: Peers,
+    start: Start,
+    *,
+    run_id: str,
+    encode: Callable[[str], list[int]],
 ) -> TrainState:
     """Fill the engine from the newest committed step or good checkpoint, another model, or the
     seed, in that order. Raises CheckpointError, on all ranks alike."""
@@ -197,11 +203,11 @@ def first_weights(
         raise CheckpointError(line("run.dir", recipe.run_dir, rule, remedy))
     else:
         state = TrainState(run_id=run_id)
-        initial = _initial_weights(recipe, start)
+        initial = _initial_weights(recipe, start, encode)
         for name, shape in engine.shapes().items():
             engine.fill(name, initial(name, torch.Size(shape)))
     if state.step and recipe.adapter.kind is not AdapterKind.none:
-        initial = _initial_weights(recipe, start)  # frozen weights are in no checkpoint
+        initial = _initial_weights(recipe, start, encode)  # frozen weights are in no checkpoint
         for name, parameter in engine.model.named_parameters():
             if not parameter.requires_grad:
                 engine.fill(name, initial(name, parameter.shape))
@@ -215,7 +221,9 @@ def first_weights(
     return state
 
 
-def _initial_weights(recipe: Recipe, start: Start) -> Callable[[str, torch.Size], Tensor]:
+def _initial_weights(
+    recipe: Recipe, start: Start, encode: Callable[[str], list[int]]
+) -> Callable[[str, torch.Size], Tensor]:
     """Name and shape -> the whole fp32 tensor that a new run starts with."""
     if recipe.train.init_from is None:
         return lambda name, shape: new_weight(recipe.model, name, shape, recipe.train.seed)
@@ -228,6 +236,10 @@ def _initial_weights(recipe: Recipe, start: Start) -> Callable[[str, torch.Size]
     def initial(name: str, shape: torch.Size) -> Tensor:
         if name in shapes:
             return opened.weights.read(name).float()
+        if name == SOFT_TOKENS:
+            vocab_size, seed = recipe.model.vocab_size, recipe.train.seed
+            ids = first_ids(recipe.adapter, vocab_size=vocab_size, seed=seed, encode=encode)
+            return torch.cat([opened.weights.read(EMBEDDING, i, i + 1).float() for i in ids])
         return new_weight(recipe.model, name, shape, recipe.train.seed)
 
     return initial
@@ -246,10 +258,12 @@ class Batches:
         num_rows: int,
         micro_batch_size: int,
         prefetch: int = 0,
+        num_soft: int = 0,
     ) -> None:
-        """`num_rows` a step over all ranks; of held-out rows, at most as many as there are."""
+        """`num_rows` a step over all ranks; of held-out rows, at most as many as there are.
+        num_soft: soft tokens before each document, by which rows are longer."""
         rows = Rows(split, seq_len=seq_len, isolate_documents=isolate_documents)
-        self.device = mesh.device
+        self.device, self.num_soft = mesh.device, num_soft
         self.loader = Loader(
             rows,
             rows_per_step=min(num_rows, rows.num_rows) if split.name == "held-out" else num_rows,
@@ -260,7 +274,7 @@ class Batches:
         )
 
     def micro_batches(self, step: int) -> list[Batch]:
-        batches = self.loader.micro_batches(step)
+        batches = [with_soft(one, self.num_soft) for one in self.loader.micro_batches(step)]
         return [Batch(*(tensor.to(self.device) for tensor in batch)) for batch in batches]
 
     def __enter__(self) -> Batches:

@@ -141,6 +141,16 @@ class Recipe:
             rule, remedy = "has no weights to change", "set train.init_from"
         elif self.engine.kind is not EngineKind.paged or self.engine.ssd_path is not None:
             rule, remedy = "needs engine.kind=paged without engine.ssd_path", "leave them out"
+        elif self.adapter.kind is AdapterKind.prompt and self.mode is not ObjectiveKind.sft:
+            rule, remedy = f"is for mode=sft and not mode={self.mode}", "use adapter.kind=lora"
+        elif (
+            self.adapter.kind is AdapterKind.prompt
+            and self.adapter.prompt_tokens >= self.train.seq_len
+        ):
+            rule = f"leaves no place in rows of train.seq_len={self.train.seq_len}"
+            remedy = "lower it"
+            key = "adapter.prompt_tokens"
+            raise RecipeError(line(key, self.adapter.prompt_tokens, rule, remedy))
         else:
             return
         raise RecipeError(line("adapter.kind", self.adapter.kind, rule, remedy))

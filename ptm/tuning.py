@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -119,28 +120,29 @@ class Sft:
     def __init__(self, recipe: Recipe, mesh: Mesh, tokenizer: Any, model: Any) -> None:
         sft, train = recipe.sft, recipe.train
         self.recipe, self.mesh, self.tokenizer, self.model = recipe, mesh, tokenizer, model
+        soft = model.soft_ids
+        most_tokens = train.seq_len + 1 - len(soft)
         with chat_template(sft, tokenizer, tokenizer_folder(train.init_from)) as template:
             found = open_conversations(
                 sft,
                 recipe.data,
                 tokenizer,
                 template,
-                most_tokens=train.seq_len + 1,
+                most_tokens=most_tokens,
                 is_shown=mesh.is_main,
             )
-            self.questions = questions(
+            asked = questions(
                 found.held_out, template, tokenizer, count=sft.answers, longest=sft.answer_tokens
             )
-        filler = tokenizer.eod_id
-        self.train = PackedRows(
-            found.train, seq_len=train.seq_len, seed=train.seed, filler_id=filler
+        self.questions = [([*soft, *prompt], answer) for prompt, answer in asked]
+        packed = functools.partial(
+            PackedRows, seq_len=train.seq_len, filler_id=tokenizer.eod_id, num_soft=len(soft)
         )
-        held_out = PackedRows(
-            found.held_out, seq_len=train.seq_len, seed=HELD_OUT_SEED, filler_id=filler
-        )
+        self.train = packed(found.train, seed=train.seed)
+        held_out = packed(found.held_out, seed=HELD_OUT_SEED)
         num_rows = min(recipe.eval.rows, held_out.num_rows)
         self.held_out = Rows(held_out, mesh, num_rows=num_rows, micro=train.micro_batch_size)
-        cut = f", {found.num_cut:,} cut to {train.seq_len + 1} tokens" if found.num_cut else ""
+        cut = f", {found.num_cut:,} cut to {most_tokens} tokens" if found.num_cut else ""
         say(
             f"{len(found.train):,} conversations in {self.train.num_rows:,} rows{cut}; "
             f"{len(found.held_out):,} held out, of which {len(self.questions):,} are answered"

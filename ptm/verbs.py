@@ -165,7 +165,7 @@ def show_schedule(job: PlanJob, trace: Trace, terms: Terms) -> None:
 
 def generate(job: GenerateJob) -> None:
     """Stream a continuation of the prompt to stdout."""
-    opened, folder = open_folder(job.run, job.step)
+    opened, folder = open_folder(job.run, job.step, may_have_soft=True)
     tokenizer = load_tokenizer(tokenizer_of(opened, folder))
     model = inference_module_of(opened, folder).to(best_device())
     sampling = Sampling(job.prompt, job.max_new_tokens, job.temperature, job.top_p, job.seed)
@@ -176,7 +176,7 @@ def generate(job: GenerateJob) -> None:
 
 def evaluate(job: EvalJob) -> None:
     """Print held-out loss, perplexity and bits per byte of a model; every rank takes part."""
-    opened, folder = open_folder(job.run, job.step)
+    opened, folder = open_folder(job.run, job.step, may_have_soft=True)
     mesh = open_mesh(600)
     model = inference_module_of(opened, folder).to(mesh.device)
     corpus, seq_len = held_out_text(job, Path(job.run), tokenizer_of(opened, folder), model)
@@ -187,6 +187,7 @@ def evaluate(job: EvalJob) -> None:
         isolate_documents=model.config.isolate_documents,
         num_rows=job.rows,
         micro_batch_size=job.micro_batch_size,
+        num_soft=len(model.soft_ids),
     )
     token_bytes = torch.as_tensor(corpus.tokenizer.token_bytes(), device=mesh.device)
     found = held_out(model, batches.micro_batches(0), token_bytes=token_bytes, mesh=mesh)
@@ -281,10 +282,10 @@ def recipe_words(job: StepBenchJob) -> tuple[str, ...]:
     return (*named, *(f"{key}={show(here)}" for key, (_, here) in changed.items()))
 
 
-def open_folder(run: str, step: int | None) -> tuple[Opened, Path]:
+def open_folder(run: str, step: int | None, *, may_have_soft: bool = False) -> tuple[Opened, Path]:
     """What is in a folder, said on stderr where it is not what was asked for."""
     folder = model_folder(run, step)
-    opened = open_model(folder)
+    opened = open_model(folder, may_have_soft=may_have_soft)
     if env.ranks().rank == 0:
         for note in opened.notes:
             print(note, file=sys.stderr)

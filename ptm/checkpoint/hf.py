@@ -73,6 +73,8 @@ class Opened(NamedTuple):
     """Where the weights are: of a run, the step that was taken."""
     quantized: QuantSource | None = None
     "The codes under published names, where the folder is an export."
+    num_soft: int = 0
+    "Soft tokens among the weights (ptm/model/adapter.py)."
 
 
 def open_hf(folder: Path) -> Opened:

@@ -19,8 +19,10 @@ from ptm.checkpoint.hf import Opened
 from ptm.checkpoint.open_model import open_model
 from ptm.checkpoint.source import all_rows, check_shapes, stream
 from ptm.common.errors import RecipeError, line
+from ptm.model.adapter import add_adapter
 from ptm.model.block import Block
 from ptm.model.config import ModelConfig, RopeMode
+from ptm.model.lora_config import AdapterConfig, AdapterKind
 from ptm.model.transformer import Transformer
 from ptm.quant.modules import QuantExperts, QuantLinear, Weight, packed
 
@@ -38,7 +40,7 @@ def load_model(
     """
     if rope is not None and rope not in list(RopeMode):
         raise RecipeError(line("rope", rope, f"must be one of {', '.join(RopeMode)}", "choose one"))
-    opened = open_model(Path(folder))
+    opened = open_model(Path(folder), may_have_soft=True)
     for note in opened.notes:
         logger.warning(note)
     return module_of(opened, folder, rope, dtype)
@@ -57,9 +59,15 @@ def module_of(
         for name in weights.names():
             kind = weights.info(name).dtype
             dtype = kind if dtype is None else torch.promote_types(dtype, kind)
-    wanted = Transformer(config, device=torch.device("meta")).state_dict()
-    check_shapes(weights, {name: tuple(t.shape) for name, t in wanted.items()}, folder)
+    soft = AdapterConfig()
+    if opened.num_soft:
+        soft = AdapterConfig(kind=AdapterKind.prompt, prompt_tokens=opened.num_soft)
+    made = Transformer(config, device=torch.device("meta"))
+    add_adapter(made, soft)
+    wanted = {name: tuple(tensor.shape) for name, tensor in made.state_dict().items()}
+    check_shapes(weights, wanted, folder)
     model = Transformer(config, dtype=dtype or torch.float32)
+    add_adapter(model, soft)
     for name, tensor in model.state_dict().items():
         _fill(tensor.view(-1), stream(weights, all_rows(weights, name)))
     return model.eval()

@@ -1,9 +1,10 @@
-"""Checkpoints of low-rank changes, opened as the model that they make of their base.
+"""Checkpoints of adapters, opened as the model that they make of their base.
 
-Such a checkpoint holds A and B, and in its meta the `adapter` section and the `base` (a folder and
-its digest). Reading a weight adds the change to the base's, in fp32, and rounds to the base's type
-once; nothing of the model's size is in memory. So whatever opens a model opens a tuned one:
-generate, eval, convert, export, and train.init_from of the next run.
+Such a checkpoint holds A and B, or soft tokens, and in its meta the `adapter` section and the
+`base` (a folder and its digest). Reading a weight adds the change to the base's, in fp32, and
+rounds to the base's type once; nothing of the model's size is in memory. So whatever opens a model
+opens a tuned one: generate, eval, convert, export, and train.init_from of the next run. Soft tokens
+are one more tensor, which generate and eval know of; the others refuse it (`open_model`).
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from ptm.checkpoint.manifest import Manifest
 from ptm.checkpoint.source import TensorInfo, TensorSource, check_shapes
 from ptm.checkpoint.weights import MODEL_KEY, TOKENIZER, model_from_json, stored_weights
 from ptm.common.errors import CheckpointError, PtmError, line
-from ptm.model.lora import PREFIX, add_lora, changed, names_of, places
+from ptm.model.adapter import add_adapter
+from ptm.model.lora import PREFIX, changed, names_of, places
 from ptm.model.lora_config import AdapterConfig, AdapterKind
 from ptm.model.transformer import Transformer
 
@@ -37,7 +39,8 @@ def adapter_from_json(values: Any) -> AdapterConfig:
     try:
         kind, targets = AdapterKind(values["kind"]), tuple(str(role) for role in values["targets"])
         rank, alpha = int(values["rank"]), float(values["alpha"])
-        return AdapterConfig(kind=kind, targets=targets, rank=rank, alpha=alpha)
+        soft = int(values.get("prompt_tokens", AdapterConfig().prompt_tokens))
+        return AdapterConfig(kind=kind, targets=targets, rank=rank, alpha=alpha, prompt_tokens=soft)
     except (KeyError, TypeError, ValueError, PtmError) as error:
         rule, remedy = f"is no adapter that this ptm knows ({error})", "use the ptm that wrote it"
         raise CheckpointError(f"{manifest.FILE}: " + line(ADAPTER_KEY, "", rule, remedy)) from None
@@ -51,42 +54,48 @@ def open_adapter(folder: Path, found: Manifest, base: Opened) -> Opened:
     plain = {name: tuple(tensor.shape) for name, tensor in made.state_dict().items()}
     check_shapes(base.weights, plain, base.folder)
     weights = {name for name, _ in made.named_parameters()}
-    add_lora(made, config)
+    add_adapter(made, config)
     shapes = {name: tuple(tensor.shape) for name, tensor in made.state_dict().items()}
     own = {name: shape for name, shape in shapes.items() if name not in weights}
     changes = stored_weights(folder, found, own)
     check_shapes(changes, own, folder)
     merged = MergedSource(base.weights, changes, made, config)
     return base._replace(
-        model=model, weights=merged, tokenizer=folder / TOKENIZER, folder=folder, quantized=None
+        model=model,
+        weights=merged,
+        tokenizer=folder / TOKENIZER,
+        folder=folder,
+        quantized=None,
+        num_soft=config.prompt_tokens if config.kind is AdapterKind.prompt else 0,
     )
 
 
 class MergedSource:
-    """A base's tensors with low-rank changes; buffers are those of the checkpoint of changes."""
+    """A base's tensors with low-rank changes; buffers and soft tokens are the checkpoint's own."""
 
     def __init__(
         self, base: TensorSource, changes: TensorSource, made: Transformer, config: AdapterConfig
     ) -> None:
-        """made: on meta, with the changes' parameters (`add_lora`)."""
+        """made: on meta, with the changes' parameters (`add_adapter`)."""
         self._base, self._changes = base, changes
-        self._buffers = {name for name in changes.names() if PREFIX not in name}
+        self._own = {name for name in changes.names() if PREFIX not in name}
         self._scale = config.alpha / config.rank
         self._head_dim = made.config.head_dim
         modules = {module: name for name, module in made.named_modules()}
         self._roles: dict[str, list[tuple[str, str, str]]] = {}
-        for role, module, attribute in places(made, config.targets):
+        targets = config.targets if config.kind is AdapterKind.lora else ()
+        for role, module, attribute in places(made, targets):
             a, b = (f"{modules[module]}.{name}" for name in names_of(role, attribute))
             self._roles.setdefault(f"{modules[module]}.{attribute}", []).append((role, a, b))
 
     def names(self) -> list[str]:
-        return self._base.names()
+        return [*self._base.names(), *sorted(self._own - set(self._base.names()))]
 
     def info(self, name: str) -> TensorInfo:
-        return (self._changes if name in self._buffers else self._base).info(name)
+        return (self._changes if name in self._own else self._base).info(name)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        if name in self._buffers:
+        if name in self._own:
             return self._changes.read(name, start, stop)
         roles = self._roles.get(name, ())
         is_stack = len(self._base.info(name).shape) == 3  # experts: a row is one expert's matrix

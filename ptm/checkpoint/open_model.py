@@ -34,8 +34,9 @@ class Base(NamedTuple):
     digest: str
 
 
-def open_model(folder: Path) -> Opened:
-    """What a model folder holds, its weights unread. Raises CheckpointError."""
+def open_model(folder: Path, *, may_have_soft: bool = False) -> Opened:
+    """What a model folder holds, its weights unread. Raises CheckpointError; may_have_soft: also
+    where soft tokens are among the weights, for whoever puts their ids into rows."""
     if (folder / manifest.FILE).exists():
         found = verify(folder)
     elif (folder / "checkpoints").is_dir():
@@ -51,7 +52,11 @@ def open_model(folder: Path) -> Opened:
     if ADAPTER_KEY not in found.manifest.meta:
         return open_checkpoint(found.folder, found.manifest)._replace(notes=notes)
     base = open_base(_base_from_json(found.manifest.meta.get(BASE_KEY)))
-    return open_adapter(found.folder, found.manifest, base)._replace(notes=notes + base.notes)
+    opened = open_adapter(found.folder, found.manifest, base)
+    if opened.num_soft and not may_have_soft:
+        rule = f"is {opened.num_soft} soft tokens beside its base, and no weight can take them up"
+        raise CheckpointError(line("folder", folder, rule, f"name the base, {base.folder}"))
+    return opened._replace(notes=notes + base.notes)
 
 
 def base_of(folder: Path) -> Base:

@@ -51,6 +51,31 @@ def pack(tokens: np.ndarray, *, eod_id: int, isolate_documents: bool) -> Batch:
     return Batch(*(torch.from_numpy(np.ascontiguousarray(part)) for part in parts))
 
 
+def with_soft(batch: Batch, num_soft: int) -> Batch:
+    """`batch` with ids -1 to -num_soft before each document, whose positions they begin. The same
+    labels count. Rows grow by the most that one has; what others lack at the end is filler."""
+    documents = batch.document_ids
+    if not num_soft or not documents.numel():
+        return batch
+    starts = torch.ones_like(documents, dtype=torch.bool)
+    starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    index = torch.arange(documents.shape[1]) + num_soft * starts.cumsum(1)
+    length = documents.shape[1] + num_soft * int(starts.sum(1).max())
+    fresh = [torch.full((len(documents), length), 0, dtype=part.dtype) for part in batch]
+    made = Batch(*fresh)
+    made.document_ids.fill_(-1)
+    rows, columns = starts.nonzero(as_tuple=True)
+    for i in range(num_soft):
+        at = rows, index[rows, columns] - num_soft + i
+        made.input_ids[at] = -1 - i
+        made.position_ids[at] = i
+        made.document_ids[at] = documents[rows, columns]
+    shifted = batch._replace(position_ids=batch.position_ids + num_soft)
+    for whole, part in zip(made, shifted):
+        whole.scatter_(1, index, part)
+    return made
+
+
 def sft_loss_mask(labels_BL: np.ndarray, *, eod_id: int, sep_id: int) -> np.ndarray:
     """Megatron's `--sft-stage` mask of labels (B, L), bool: answers count, questions do not.
 

@@ -109,6 +109,12 @@ class Transformer(nn.Module):
         tied = self.config.tie_word_embeddings
         return self.model.embed_tokens.weight if tied else self.lm_head.weight
 
+    @property
+    def soft_ids(self) -> list[int]:
+        """What to put before each document and prompt: ids of soft tokens, if the model has any."""
+        soft = self.model.embed_tokens.soft_tokens
+        return [] if soft is None else [-1 - i for i in range(len(soft))]
+
     def hidden(
         self,
         input_ids_BL: Tensor,

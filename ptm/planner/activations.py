@@ -110,18 +110,23 @@ def saved_by_layer(job: Job) -> int:
 
 
 def _trains(job: Job, role: str) -> bool:
-    return not _is_frozen(job) or role in job.adapter.targets
+    return not _is_frozen(job) or role in _roles(job)
 
 
 def _is_frozen(job: Job) -> bool:
-    return job.adapter.kind is AdapterKind.lora
+    return job.adapter.kind is not AdapterKind.none
+
+
+def _roles(job: Job) -> tuple[str, ...]:
+    """Of the weights that are changed."""
+    return job.adapter.targets if job.adapter.kind is AdapterKind.lora else ()
 
 
 def _changed_weights(job: Job) -> int:
     """Of one layer: the weights in use, W + change."""
     if not _is_frozen(job):
         return 0
-    m, roles = job.model, set(job.adapter.targets)
+    m, roles = job.model, set(_roles(job))
     D, P = m.hidden_size, m.attention_projection_size
     projections = 2 * bool(roles & {"q", "k"}) + ("v" in roles) + ("o" in roles)
     experts = 3 * (m.num_experts // job.ep) * m.moe_intermediate_size * D

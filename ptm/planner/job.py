@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 
 from ptm.common.units import MIB
 from ptm.engine.layout import Format, Named
+from ptm.model.adapter import add_adapter
 from ptm.model.config import ModelConfig
-from ptm.model.lora import add_lora
-from ptm.model.lora_config import ALL_WEIGHTS, AdapterConfig, AdapterKind
+from ptm.model.lora_config import ALL_WEIGHTS, AdapterConfig
 from ptm.model.transformer import Transformer
 
 
@@ -110,8 +110,7 @@ def _parts(
 @functools.lru_cache(maxsize=1024)
 def _one_layer(model: ModelConfig, adapter: AdapterConfig) -> list[Named]:
     made = Transformer(model, device="meta")
-    if adapter.kind is AdapterKind.lora:
-        add_lora(made, adapter)
+    add_adapter(made, adapter)
     return [
         Named(name, tuple(p.shape), ".experts." in name, not p.requires_grad)
         for name, p in made.named_parameters()

@@ -30,6 +30,7 @@ def stream_text(model: Any, tokenizer: Any, sampling: Sampling) -> Iterator[str]
     was_training = model.training
     model.eval()
     ids = tokenizer.encode(sampling.prompt) or [tokenizer.eod_id]
+    ids = [*model.soft_ids, *ids]
     device = next(model.parameters()).device
     yield sampling.prompt
     new: list[int] = []

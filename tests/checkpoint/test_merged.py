@@ -17,10 +17,13 @@ from ptm.checkpoint.save import Saver
 from ptm.checkpoint.weights import model_to_json
 from ptm.common.errors import CheckpointError
 from ptm.engine.state import stored_shape
+from ptm.export.config import ExportConfig
 from ptm.export.convert import ConvertConfig, Target, convert
+from ptm.model.adapter import SOFT_TOKENS, add_adapter
 from ptm.model.lora import PREFIX, add_lora, use_lora
 from ptm.model.lora_config import ROLES, AdapterConfig, AdapterKind
 from ptm.model.transformer import Transformer
+from ptm.verbs_export import export
 from tests.support.tiny import tiny_model
 
 LORA = AdapterConfig(kind=AdapterKind.lora, targets=ROLES, rank=3, alpha=6.0)
@@ -65,6 +68,33 @@ def test_it_opens_as_the_model_in_use_and_converts(runs, tmp_path: Path) -> None
     for target in Target:
         convert(ConvertConfig(source=str(tuned), out=str(tmp_path / target), to=target))
         assert torch.equal(load_model(tmp_path / target, rope="fp32")(IDS), wanted)
+
+
+@torch.no_grad()
+def test_soft_tokens_open_beside_their_base_and_nothing_takes_them_up(runs, tmp_path: Path) -> None:
+    base, _, _ = runs
+    model, soft = tiny_model(), tmp_path / "soft"
+    prompt = AdapterConfig(kind=AdapterKind.prompt, prompt_tokens=3)
+    add_adapter(model, prompt)
+    values = model.get_parameter(SOFT_TOKENS).normal_()
+    state = {f"model.{SOFT_TOKENS}": values.detach()}
+    meta = {"model": model_to_json(model.config), "adapter": adapter_to_json(prompt)}
+    saver = Saver(soft / "checkpoints", CheckpointConfig(background=False), run_id="soft")
+    saver.save(state, step=1, meta=meta | {"base": base_of(base)._asdict()}, block=True)
+    saver.close()
+    opened = load_model(soft)
+    assert opened.soft_ids == [-1, -2, -3]
+    ids = torch.cat([torch.tensor(2 * [opened.soft_ids]), IDS], dim=1)
+    assert torch.equal(opened(ids), model(ids))
+    assert torch.equal(opened(IDS), load_model(base)(IDS))
+    for use in (
+        lambda: base_of(soft),
+        lambda: export(ExportConfig(run=str(soft))),
+        lambda: convert(ConvertConfig(source=str(soft), out=str(tmp_path / "out"))),
+    ):
+        with pytest.raises(CheckpointError, match="folder=.*3 soft tokens.*no weight can take"):
+            use()
+    assert not (tmp_path / "out").exists()
 
 
 def test_rows_of_a_merged_tensor_are_those_of_the_whole(runs) -> None:

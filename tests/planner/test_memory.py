@@ -59,8 +59,9 @@ class Batch(NamedTuple):
     document_ids: Tensor
 
 
-def make_batch(vocab_size: int, rows: int, seq_len: int) -> Batch:
+def make_batch(vocab_size: int, rows: int, seq_len: int, num_soft: int = 0) -> Batch:
     ids = torch.randint(0, vocab_size, (rows, seq_len))
+    ids[:, :num_soft] = -1 - torch.arange(num_soft)
     position = torch.arange(seq_len).expand(rows, seq_len).contiguous()
     document = (position > seq_len // 2).long()  # two documents, so that there is a mask
     return Batch(ids, ids.roll(-1, 1), torch.ones_like(ids, dtype=torch.bool), position, document)
@@ -112,7 +113,8 @@ def loss_by_torch():
 
 
 def train(engine: PagedEngine, job: Job, num_micro_batches: int = 2) -> None:
-    batch = make_batch(job.model.vocab_size, job.micro_rows, job.seq_len)
+    soft = len(engine.model.soft_ids)
+    batch = make_batch(job.model.vocab_size, job.micro_rows, job.seq_len, soft)
     engine.model.train()
     for i in range(num_micro_batches):
         with loss_by_torch():
@@ -206,6 +208,15 @@ def test_low_rank_changes_beside_frozen_weights(
 ) -> None:
     adapter = AdapterConfig(kind=AdapterKind.lora, targets=targets)
     job = make_job(size, "bf16", recompute, zero=zero, adapter=adapter)
+    planned, found = predict(job), measure(job, mesh)
+    assert planned["states"] == pytest.approx(found["states"], rel=0.005)
+    assert total(planned) == pytest.approx(total(found), rel=0.05)
+
+
+@pytest.mark.parametrize("size, recompute", [("debug", "none"), ("layers", "block")])
+def test_soft_tokens_beside_frozen_weights(mesh: Mesh, size: str, recompute: str) -> None:
+    adapter = AdapterConfig(kind=AdapterKind.prompt, prompt_tokens=8)
+    job = make_job(size, "bf16", recompute, adapter=adapter)
     planned, found = predict(job), measure(job, mesh)
     assert planned["states"] == pytest.approx(found["states"], rel=0.005)
     assert total(planned) == pytest.approx(total(found), rel=0.05)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -201,6 +202,23 @@ def test_names_of_runs(tmp_path: Path) -> None:
     assert load(f"recipe={file}").name == "my own-mini"
     assert load("run.name=a", "run.dir=/b/c").run_dir == Path("/b/c")
     assert load("run.name=a").run_dir == Path("runs/a")
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (
+            ["mode=dpo"],
+            "adapter.kind=prompt: is for mode=sft and not mode=dpo; use adapter.kind=lora",
+        ),
+        (["adapter.prompt_tokens=512"], "adapter.prompt_tokens=512: leaves no place in rows of"),
+        (["engine.kind=fsdp"], "adapter.kind=prompt: needs engine.kind=paged without"),
+        (["train.init_from=null"], "adapter.kind=prompt: has no weights to change"),
+    ],
+)
+def test_where_soft_tokens_cannot_be_trained(words: list[str], message: str) -> None:
+    with pytest.raises(RecipeError, match=re.escape(message)):
+        load("recipe=m32_prompt", "model.scale=mini", *words)
 
 
 @pytest.mark.parametrize(

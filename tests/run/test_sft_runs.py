@@ -91,6 +91,45 @@ def test_a_missing_base_is_one_line(text: Path, cache: Path, tmp_path: Path) -> 
     assert not (tmp_path / "run").exists()
 
 
+def test_prompt_trains_soft_tokens_only_and_resumes(
+    base: Path, text: Path, cache: Path, tmp_path: Path
+) -> None:
+    changes = {
+        "adapter.kind": "prompt",
+        "adapter.prompt_tokens": 5,
+        "train.lr": "3e-2",
+        "train.schedule": "constant",
+    }
+    whole, again, one = tmp_path / "whole", tmp_path / "again", tmp_path / "one"
+    pinned = {path: path.read_bytes() for path in base.rglob("*") if path.is_file()}
+    finish(runs.launch(2, words(whole, base, text, **changes), cache))
+    names = runs.digests(whole, STEPS)
+    assert names and all(".soft_tokens" in name for name in names)  # no state of a frozen weight
+    log = runs.log(whole)
+    assert log[-1]["task_loss"] < json.loads((whole / "before.json").read_text())["task_loss"]
+    for steps in (4, STEPS):
+        more = changes | {"train.steps": steps}
+        finish(runs.launch(2, words(again, base, text, **more), cache))
+    assert runs.digests(again, STEPS) == names
+    finish(runs.launch(1, words(one, base, text, **changes), cache))
+    for a, b in zip(runs.log(one), log, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+
+    assert {path: path.read_bytes() for path in pinned} == pinned
+    env = {"PTM_CACHE": str(cache)}
+    found = ptm("eval", f"run={whole}", "rows=4", cwd=tmp_path, env=env)
+    assert found.code == 0, found.err
+    seen = next(row.split()[1] for row in found.out.splitlines() if row.startswith("bits_per_byte"))
+    assert float(seen) == pytest.approx(log[-1]["eval_bits_per_byte"], abs=1e-4)
+    words_of = {
+        run: ptm(
+            "generate", f"run={run}", "prompt=import", "temperature=1", cwd=tmp_path, env=env
+        ).out
+        for run in (base, whole)
+    }
+    assert words_of[whole].startswith("import") and words_of[whole] != words_of[base]
+
+
 def test_lora_trains_the_adapter_only_and_resumes(
     base: Path, text: Path, cache: Path, tmp_path: Path
 ) -> None:

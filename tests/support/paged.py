@@ -14,10 +14,10 @@ from ptm.engine.open_store import TierOpener, Tiers
 from ptm.engine.stream import Streams
 from ptm.mesh.mesh import Mesh
 from ptm.mesh.peers import Peers
+from ptm.model.adapter import add_adapter, use_adapter
 from ptm.model.config import ModelConfig
 from ptm.model.init import new_weight
-from ptm.model.lora import add_lora, use_lora
-from ptm.model.lora_config import ALL_WEIGHTS, AdapterConfig, AdapterKind
+from ptm.model.lora_config import ALL_WEIGHTS, AdapterConfig
 from ptm.model.transformer import Transformer
 from ptm.optim.adamw import AdamW
 from ptm.optim.config import OptimConfig
@@ -112,8 +112,7 @@ def make_engine(
 ) -> PagedEngine:
     """An engine with the weights of seed 1. streams: of a device, or of what stands in for one."""
     transformer = Transformer(model, dtype=dtype, device="meta")
-    if adapter.kind is AdapterKind.lora:
-        add_lora(transformer, adapter)
+    add_adapter(transformer, adapter)
     units = units_of(transformer)
     materialize_buffers(transformer, mesh.device)
     config = config or EngineConfig(page_mib=1, ep=mesh.ep.size())
@@ -135,8 +134,7 @@ def make_engine(
         num_exact=num_exact,
         open_tiers=open_tiers,
     )
-    if adapter.kind is AdapterKind.lora:
-        use_lora(transformer, adapter)
+    use_adapter(transformer, adapter)
     if engine.restored is not None:
         engine.restore()
         engine.updates = engine.restored[1]["updates"]
