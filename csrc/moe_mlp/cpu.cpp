@@ -141,6 +141,9 @@ struct Forward {
   }
 };
 
+// Gradients of weights: rounded to bf16, or in fp32, over what is there or added to it
+enum Into : int64_t { kRounded, kExact, kAdded };
+
 struct Backward {
   Shape s;
   Plan plan;
@@ -149,15 +152,17 @@ struct Backward {
   const bf16 *w1, *w2, *hidden;
   bf16* rows;
   float* by_weights;
-  bf16 *by_w1, *by_w2;
+  char *by_w1, *by_w2;
+  Into into;
 
   bool run(int64_t e) const {
     const int64_t from = plan.starts[e], n = plan.starts[e + 1] - from, padded = up(n, 32);
-    bf16 *to_w1 = by_w1 ? by_w1 + e * 2 * s.F * s.D : nullptr, *to_w2 = by_w2 + e * s.D * s.F;
+    const int64_t size = s.F * s.D * (into == kRounded ? 2 : 4);
+    char *to_w1 = by_w1 ? by_w1 + e * 2 * size : nullptr, *to_w2 = by_w2 ? by_w2 + e * size : nullptr;
     if (n == 0) {
-      if (!by_w1) return true;
-      memset((void*)to_w1, 0, 4 * s.F * s.D);
-      memset((void*)to_w2, 0, 2 * s.F * s.D);
+      if (!by_w1 || into == kAdded) return true;
+      memset(to_w1, 0, 2 * size);
+      memset(to_w2, 0, size);
       return true;
     }
     const int64_t* order = plan.order + from;
@@ -245,7 +250,25 @@ struct Backward {
 
   // (m, n) = a^T b over the rows of an expert
   void by_weight(const bf16* a, int64_t m, const uint32_t* b, int64_t n, int64_t padded, bf16* block,
-                 Block* blocks, bf16* to) const {
+                 Block* blocks, char* to) const {
+    switch (into) {
+      case kRounded: return by_weight_to(a, m, b, n, padded, block, blocks, [&](int64_t at, const float* c0, const float* c1) {
+        stream((bf16*)to + at, rounded(c0, c1));
+      });
+      case kExact: return by_weight_to(a, m, b, n, padded, block, blocks, [&](int64_t at, const float* c0, const float* c1) {
+        stream((float*)to + at, c0);
+        stream((float*)to + at + 16, c1);
+      });
+      case kAdded: return by_weight_to(a, m, b, n, padded, block, blocks, [&](int64_t at, const float* c0, const float* c1) {
+        add((float*)to + at, c0);
+        add((float*)to + at + 16, c1);
+      });
+    }
+  }
+
+  template <class To>
+  void by_weight_to(const bf16* a, int64_t m, const uint32_t* b, int64_t n, int64_t padded, bf16* block,
+                    Block* blocks, To to) const {
     sweep(
         m / 32,
         [&](int64_t i) {
@@ -254,8 +277,7 @@ struct Backward {
         },
         false, false, b, padded, n / 32, blocks, [&](int64_t i, int64_t p, const Block& c, int piece) {
           for (int64_t r = 8 * piece; r < 8 * piece + 8; r++)
-            stream(to + (32 * i + r) * n + 32 * p,
-                   rounded(c.c[r >> 4][0][r & 15], c.c[r >> 4][1][r & 15]));
+            to((32 * i + r) * n + 32 * p, c.c[r >> 4][0][r & 15], c.c[r >> 4][1][r & 15]);
         });
   }
 };
@@ -311,10 +333,10 @@ PTM_EXPORT(moe_mlp)
 PTM_EXPORT(moe_mlp_backward)
 (const void* grad, const void* x, const void* weights, const void* w1, const void* w2,
  const void* order, const void* starts, const void* hidden, void* rows, void* by_x,
- void* by_weights, void* by_w1, void* by_w2, int64_t T, int64_t A, int64_t D, int64_t F, int64_t E,
- int64_t threads) {
+ void* by_weights, void* by_w1, void* by_w2, int64_t into, int64_t T, int64_t A, int64_t D,
+ int64_t F, int64_t E, int64_t threads) {
   const Shape s{T, A, D, F, E};
-  if (!fits(s)) return PTM_BAD_SHAPE;
+  if (!fits(s) || into < kRounded || into > kAdded) return PTM_BAD_SHAPE;
   const Backward backward{s,
                           {(const int64_t*)order, (const int64_t*)starts},
                           (const bf16*)grad,
@@ -325,8 +347,9 @@ PTM_EXPORT(moe_mlp_backward)
                           (const bf16*)hidden,
                           (bf16*)(rows ? rows : by_x),
                           (float*)by_weights,
-                          (bf16*)by_w1,
-                          (bf16*)by_w2};
+                          (char*)by_w1,
+                          (char*)by_w2,
+                          Into(into)};
   std::atomic<int> status{PTM_OK};
   parallel_for(E, 1, threads, [&](int64_t begin, int64_t end) {
     Part part;

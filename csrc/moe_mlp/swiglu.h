@@ -82,6 +82,23 @@ inline void stream(bf16* to, const Row32& row) {
   put(to, row);
 }
 
+// 16 floats, likewise
+inline void stream(float* to, const float* from) {
+#if PTM_ISA_AVX512
+  if ((uintptr_t(to) & 63) == 0) return _mm512_stream_ps(to, _mm512_load_ps(from));
+#elif PTM_ISA_AVX2
+  if ((uintptr_t(to) & 31) == 0) {
+    _mm256_stream_ps(to, _mm256_load_ps(from));
+    return _mm256_stream_ps(to + 8, _mm256_load_ps(from + 8));
+  }
+#endif
+  memcpy(to, from, 64);
+}
+
+inline void add(float* to, const float* from) {
+  for (int i = 0; i < 16; i += W) store(to + i, load(to + i) + load(from + i));
+}
+
 // 32 features x 16 rows (half q of the columns) of g and u -> 16 k pairs of a panel of silu(g) u
 inline void swiglu(const Block& g, const Block& u, int64_t q, uint32_t* to) {
 #if PTM_ISA_AVX512

@@ -1,6 +1,7 @@
 """Gradients: from the parameters of a unit to sums in the pages of the ranks that own them.
 
-    arrived   autograd has a parameter's gradient: copied into the unit's flat buffer, and freed
+    arrived   autograd has a parameter's gradient: copied into the unit's flat buffer, and freed,
+              unless a kernel has put it there itself (ptm/kernels/sink.py)
     finish    all of a unit have: each rank's range is on its way to it
     take      what came is added up in fp32, in rank order, and added to the sums in this rank's
               pages in device memory; what belongs in pages of the host is on its way there
@@ -45,6 +46,8 @@ class Summing:
     owns_buffer: bool
     buffer: Tensor | None = None
     missing: set[str] = field(default_factory=set)
+    put: set[str] = field(default_factory=set)
+    "Parameters whose gradients a kernel has put into the buffer in this micro-batch."
     pending: list[tuple[Group, PendingSum]] = field(default_factory=list)
     norms: list[Tensor] = field(default_factory=list)
     "Of each piece of this step's sums, fp64, where the sums are."
@@ -126,6 +129,7 @@ class Grads:
         for unit in self.units:
             for group, slot, param in unit.gathered.trained:
                 param.register_post_accumulate_grad_hook(self._hook(unit, group, slot))
+                param.grad_sink = Sink(self, unit, group, slot)  # type: ignore[attr-defined]
 
     def _buffer(self, numel: int) -> Tensor:
         return torch.empty(numel, dtype=self.dtype, device=self.mesh.device)
@@ -137,9 +141,12 @@ class Grads:
         @torch.no_grad()
         def arrived(param: nn.Parameter) -> None:
             assert param.grad is not None
-            self._open(unit)
+            self.open(unit)
             part = unit.part(group, slot)
-            if self.is_local and not self.is_first:
+            if slot.name in unit.put:
+                if not param.grad.is_sparse:  # of another use of the weight, by an ordinary path
+                    part.add_(param.grad)
+            elif self.is_local and not self.is_first:
                 part.add_(param.grad)
             else:
                 part.copy_(param.grad)
@@ -158,8 +165,10 @@ class Grads:
                 unit.norms = []
         for unit in self.units:
             unit.missing = {slot.name for _, slot, _ in unit.gathered.trained}
+            unit.put = set()
 
-    def _open(self, unit: Summing) -> None:
+    def open(self, unit: Summing) -> None:
+        """Make its buffer there to be filled."""
         while unit.pending:  # its buffer is still on its way from the micro-batch before
             self._land_oldest()
         if unit.buffer is None:
@@ -171,7 +180,7 @@ class Grads:
         """After the backward of a micro-batch: what got no gradient has a gradient of zero."""
         for unit in reversed(self.units):
             if unit.missing:
-                self._open(unit)
+                self.open(unit)
                 for group, slot, _ in unit.gathered.trained:
                     if slot.name in unit.missing and (self.is_first or not self.is_local):
                         unit.part(group, slot).zero_()
@@ -307,6 +316,22 @@ class Grads:
                         count += int((~total.isfinite()).sum())
                 found.append((slot.name, count))
         return found
+
+
+class Sink:
+    """A parameter's place in its unit's buffer, for kernels."""
+
+    def __init__(self, grads: Grads, unit: Summing, group: Group, slot: Slot) -> None:
+        self.grads, self.unit, self.group, self.slot = grads, unit, group, slot
+
+    def room(self) -> tuple[Tensor, bool] | None:
+        grads, unit, name = self.grads, self.unit, self.slot.name
+        adds = (grads.is_local and not grads.is_first) or name in unit.put
+        if adds and grads.dtype != torch.float32:
+            return None  # autograd adds up what several uses make
+        grads.open(unit)
+        unit.put.add(name)
+        return unit.part(self.group, self.slot), adds
 
 
 def _sum(pieces_NC: Tensor) -> Tensor:

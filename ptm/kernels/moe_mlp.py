@@ -23,6 +23,7 @@ from torch import Tensor
 from ptm.kernels import native
 from ptm.kernels.grouped_gemm import backward_groups, forward_groups, swiglu_experts
 from ptm.kernels.permute import aligned, combine, grouped_rows, permute, slots
+from ptm.kernels.sink import put, rooms_of, sinks_of
 
 native.declare("moe_plan", "moe_mlp")
 
@@ -93,18 +94,31 @@ def forward_rows(
 
 
 def backward_rows(
-    grad_QD: Tensor, w1_EGD: Tensor, w2_EDF: Tensor, kept: Kept, *, into: tuple[Tensor, Tensor]
+    grad_QD: Tensor,
+    w1_EGD: Tensor,
+    w2_EDF: Tensor,
+    kept: Kept,
+    *,
+    into: tuple[Tensor, ...],
+    adds: bool = False,
 ) -> Tensor:
-    """Gradient of the rows, (Q, D); those of w1 and w2 are written over `into`."""
+    """Gradient of the rows, (Q, D); those of w1 and w2 are written over `into`, or added to it. The
+    kernel alone adds, and takes fp32 there for weights of bf16."""
     if _serves(grad_QD, w1_EGD, w2_EDF):
         by_x = torch.empty_like(grad_QD, memory_format=torch.contiguous_format)
         _call_backward(grad_QD, kept.x, None, w1_EGD, w2_EDF, *kept[2:], kept.hidden,
-                       None, by_x, None, *into)  # fmt: skip
+                       None, by_x, None, *into, adds=adds)  # fmt: skip
         return by_x
+    assert not adds
     grad_RD = torch.zeros_like(kept.x).index_copy_(0, kept.order, grad_QD)
     ends = kept.ends.tolist()
     by_x = backward_groups(grad_RD, kept.x, w1_EGD, w2_EDF, kept.hidden, ends, into=into)
     return by_x.index_select(0, kept.order)
+
+
+def puts_gradients(x_QD: Tensor, w1_EGD: Tensor, w2_EDF: Tensor) -> bool:
+    """Whether `backward_rows` takes the rooms of a sink."""
+    return _serves(x_QD, w1_EGD, w2_EDF)
 
 
 def fits(dtype: torch.dtype, D: int, F: int) -> bool:
@@ -170,12 +184,28 @@ def _backward(grad, x, weights, w1, w2, order, starts, hidden, by_experts: bool)
     return by
 
 
-def _call_backward(grad, x, weights, w1, w2, order, starts, hidden, *outputs) -> None:
+def _call_backward(
+    grad,
+    x,
+    weights,
+    w1,
+    w2,
+    order,
+    starts,
+    hidden,
+    rows,
+    by_x,
+    by_weights,
+    by_w1,
+    by_w2,
+    adds=False,
+) -> None:
     active = 1 if weights is None else weights.shape[1]
     weights = None if weights is None else weights.contiguous()
+    is_exact = by_w1 is not None and by_w1.dtype is torch.float32
     native.call("moe_mlp_backward", grad.contiguous(), x.contiguous(), weights, w1.contiguous(),
-                w2.contiguous(), order, starts, hidden, *outputs, len(x), active, x.shape[1],
-                w2.shape[2], len(w1))  # fmt: skip
+                w2.contiguous(), order, starts, hidden, rows, by_x, by_weights, by_w1, by_w2,
+                is_exact + adds, len(x), active, x.shape[1], w2.shape[2], len(w1))  # fmt: skip
 
 
 @torch.library.register_fake("ptm::moe_mlp_backward")
@@ -190,6 +220,7 @@ def _gradients(grad, x, weights, w1, w2, order, starts, hidden, by_experts: bool
 
 def _save(ctx, inputs, output) -> None:
     x, weights, w1, w2, order, starts, _ = inputs
+    ctx.sinks = sinks_of(w1, w2)
     ctx.save_for_backward(x, weights, w1, w2, order, starts, output[1])
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
@@ -198,8 +229,16 @@ def _save(ctx, inputs, output) -> None:
 def _differentiate(ctx, grad: Tensor | None, _: None):
     if grad is None:
         return (None,) * 7
-    x, weights, w1, w2, order, starts, hidden = ctx.saved_tensors
+    saved = ctx.saved_tensors  # once: a checkpoint gives them once
+    x, weights, w1, w2, order, starts, hidden = saved
     by_experts = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
+    rooms = rooms_of(ctx.sinks) if by_experts else None
+    if rooms is not None:
+        by_x, by_weights, *_ = _gradients(grad, *saved, by_experts=False)
+        rows = None if weights is None else x.new_empty(len(order), x.shape[1])
+        by_weights = None if weights is None else by_weights
+        _call_backward(grad, *saved, rows, by_x, by_weights, *rooms.into, adds=rooms.adds)
+        return by_x, by_weights, put(w1), put(w2), None, None, None
     by_x, by_weights, by_w1, by_w2 = torch.ops.ptm.moe_mlp_backward(
         grad, x, weights, w1, w2, order, starts, hidden, by_experts
     )

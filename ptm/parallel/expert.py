@@ -38,8 +38,9 @@ import torch
 from torch import Tensor
 
 from ptm.common.errors import RecipeError, line
-from ptm.kernels.moe_mlp import Kept, backward_rows, forward_rows
+from ptm.kernels.moe_mlp import Kept, backward_rows, forward_rows, puts_gradients
 from ptm.kernels.permute import combine, permute
+from ptm.kernels.sink import put, rooms_of, sinks_of
 from ptm.mesh.collectives import Pending, all_to_all
 from ptm.mesh.mesh import Mesh
 from ptm.model.dispatch import Dispatcher, LocalDispatcher
@@ -242,19 +243,22 @@ class _Pipeline(torch.autograd.Function):
             kept += keep
         ctx.save_for_backward(w1, w2, *kept)
         ctx.wire, ctx.pieces = wire, pieces
+        ctx.sinks = sinks_of(w1, w2) if puts_gradients(rows_SD, w1, w2) else None
         return _whole(homes)
 
     @staticmethod
     def backward(ctx, grad_SD: Tensor):  # type: ignore[override]
         w1, w2, *kept = ctx.saved_tensors
-        grad_w1, grad_w2 = torch.empty_like(w1), torch.empty_like(w2)
+        rooms = rooms_of(ctx.sinks)
+        into, adds = rooms or ((torch.empty_like(w1), torch.empty_like(w2)), False)
         homes = []
         for c, (piece, grad_QD) in enumerate(_arrivals(grad_SD, ctx.wire, ctx.pieces)):
             mine, of_piece = piece.experts, Kept(*kept[4 * c : 4 * c + 4])
-            into = grad_w1[mine], grad_w2[mine]
-            grad_x = backward_rows(grad_QD, w1[mine], w2[mine], of_piece, into=into)
+            part = tuple(by_w[mine] for by_w in into)
+            grad_x = backward_rows(grad_QD, w1[mine], w2[mine], of_piece, into=part, adds=adds)
             homes.append(ctx.wire.home(grad_x, piece))
-        return _whole(homes), grad_w1, grad_w2, None, None, None, None
+        by_w = into if rooms is None else (put(w1), put(w2))
+        return _whole(homes), *by_w, None, None, None, None
 
 
 def _arrivals(rows_SD: Tensor, wire: Wire, pieces: list[Piece]):

@@ -3,11 +3,15 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from ptm.engine.layout import Group
+from ptm.kernels import moe_mlp
+from ptm.parallel import expert
 from tests.support.mesh import mesh_of_test
+from tests.support.native import needs_library
 from tests.support.paged import (
     MODEL,
     assemble,
@@ -124,3 +128,37 @@ def test_zero_changes_no_bit_where_the_sums_are_the_same(world):
     for (a, a_state), (b, b_state) in zip(two, three):
         assert a == b
         assert all((a_state[n][1] == b_state[n][1]).all() for n in a_state)
+
+
+def _sums_of_experts(rank: int, world: int, ep: int, zero: int, with_sinks: bool):
+    """Gradient sums of w1 and w2 on this rank after two micro-batches in bf16."""
+    if not with_sinks:
+        moe_mlp.rooms_of = expert.rooms_of = lambda sinks: None  # type: ignore[assignment]
+    mesh = mesh_of_test(rank, world, ep)
+    engine = make_engine(mesh, zero=zero, dtype=torch.bfloat16)
+    backward(engine, mesh, 0, 2)
+    found = []
+    for group, slot in engine.layout.slots():
+        if "experts" in slot.name:
+            start, stop = (group.flat(at) for at in group.owned(slot))
+            with engine.states.grads() as grads:
+                for a, b in engine.states.ranges(start, stop, engine.pages.grads):
+                    found.append(grads.field(torch.float32, 0, grads.move(a), b - a).clone())
+    engine.close()
+    return torch.cat(found).double().numpy()
+
+
+@needs_library
+@pytest.mark.parametrize(("world", "ep"), [(1, 1), (2, 1), (2, 2)])
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_kernels_put_the_gradients_of_experts_where_they_are_summed(world, ep, zero):
+    """The bits of the ordinary path; at zero 1, where sums at home are fp32, without its rounding
+    of each micro-batch's."""
+    found = run_ranks(world, _sums_of_experts, ep, zero, True)
+    ordinary = run_ranks(world, _sums_of_experts, ep, zero, False)
+    for mine, theirs in zip(found, ordinary, strict=True):
+        if zero == 1 and world > 1:
+            assert (mine != theirs).any()
+            assert np.linalg.norm(mine - theirs) <= 3e-3 * np.linalg.norm(theirs)
+        else:
+            assert (mine == theirs).all() and mine.any()

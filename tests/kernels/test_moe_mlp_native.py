@@ -175,3 +175,72 @@ def test_the_op_keeps_torchs_rules():
     found = [y, *torch.autograd.grad(y, [x, weights, w1, w2], grad)]
     wanted = value_and_gradients(x, ids, weights, w1, w2, grad)
     assert all(map(torch.equal, found, wanted))
+
+
+class Room:
+    """A sink that takes what it is told to."""
+
+    def __init__(self, into, adds):
+        self.into, self.adds = into, adds
+
+    def room(self):
+        return None if self.into is None else (self.into, self.adds)
+
+
+@each_isa
+@pytest.mark.parametrize("shape", ["odd numbers", "idle experts", "k in parts"])
+def test_gradients_of_weights_where_a_sink_wants_them(isa, shape):
+    """In fp32 unrounded, over what is there or added to it; rounded once where the room is bf16."""
+    x, ids, weights, w1, w2, grad = inputs(*SHAPES[shape])
+    plain = [t.detach().clone().requires_grad_() for t in (x, weights, w1, w2)]
+    first = [torch.full(w.shape, 0.5) for w in (w1, w2)]
+    with native.forced(isa), poisoned():
+        for param in (w1, w2):
+            param.grad_sink = Room(torch.empty(param.shape), False)
+        y = value_and_gradients(x, ids, weights, w1, w2, grad)
+        exact = [param.grad_sink.into for param in (w1, w2)]
+        assert all(g.is_sparse and g._nnz() == 0 for g in y[3:])
+        for param, there in zip((w1, w2), first):
+            param.grad_sink = Room(there.clone(), True)
+        value_and_gradients(x, ids, weights, w1, w2, grad)
+        added = [param.grad_sink.into for param in (w1, w2)]
+        for param in (w1, w2):
+            param.grad_sink = Room(torch.empty(param.shape, dtype=BF16), False)
+        value_and_gradients(x, ids, weights, w1, w2, grad)
+        rounded = [param.grad_sink.into for param in (w1, w2)]
+        ordinary = value_and_gradients(plain[0], ids, *plain[1:], grad)
+        for param in (w1, w2):
+            param.grad_sink = Room(None, False)
+        declined = value_and_gradients(x, ids, weights, w1, w2, grad)
+    assert all(map(torch.equal, y[:3], ordinary[:3]))
+    assert all(map(torch.equal, declined, ordinary))
+    assert all(map(torch.equal, rounded, ordinary[3:]))
+    assert all(torch.equal(a.to(BF16), b) for a, b in zip(exact, rounded))
+    assert all(torch.equal(a, b + c) for a, b, c in zip(added, first, exact))
+
+
+@each_isa
+def test_a_weight_used_twice_with_a_sink(isa):
+    """Both uses are in the room when autograd has accumulated once, recomputed blocks or not."""
+    x, ids, weights, w1, w2, grad = inputs(*SHAPES["odd numbers"])
+    seen = []
+
+    class Twice(Room):
+        def room(self):
+            adds, self.adds = self.adds, True
+            return self.into, adds
+
+    def run(x):
+        return moe_mlp(x, ids, weights.detach(), counted(ids, len(w1)), w1, w2)
+
+    with native.forced(isa):
+        y = run(x) + run(2 * x)
+        expected = torch.autograd.grad(y, [w1, w2], grad)
+        for param in (w1, w2):
+            param.grad_sink = Twice(torch.full(param.shape, torch.nan), False)
+            param.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad._nnz()))
+        y = run(x) + torch.utils.checkpoint.checkpoint(run, 2 * x, use_reentrant=False)
+        y.backward(grad)
+    assert seen == [0, 0]
+    for param, want in zip((w1, w2), expected):
+        assert error(param.grad_sink.into, want.double()) <= 5e-3
