@@ -16,6 +16,7 @@ from ptm.checkpoint.load_model import module_of
 from ptm.checkpoint.open_model import open_model
 from ptm.checkpoint.untrusted import read_json
 from ptm.common import env
+from ptm.common.agent import stop_with_agent
 from ptm.common.errors import CheckpointError, PtmError, RecipeError, StorageError, line
 from ptm.common.units import format_bytes, parse_bytes
 from ptm.data.config import DataConfig
@@ -23,11 +24,14 @@ from ptm.data.corpus import open_corpus
 from ptm.data.loader import Rows
 from ptm.export import allocate, card, quantize, verify
 from ptm.export.config import ExportConfig, ExportFormat, Fp6, Method, VerifyConfig
+from ptm.export.crew import Crew
 from ptm.export.m32 import M32
 from ptm.export.ordinary import OrdinaryWalk
 from ptm.export.ordinary_config import is_ordinary
 from ptm.export.plot import bits_svg, errors_svg
 from ptm.export.walk import Walk
+from ptm.mesh.mesh import open_mesh
+from ptm.mesh.peers import Peers
 from ptm.recipe import load_recipe
 from ptm.trainer.config import Precision
 from ptm.verbs import held_out_text, open_folder, tokenizer_of, write_json
@@ -35,21 +39,29 @@ from ptm.verbs import held_out_text, open_folder, tokenizer_of, write_json
 
 def export(job: ExportConfig | VerifyConfig) -> None:
     """Quantize a model, and say how well that went; or compare an export with its run."""
-    if env.ranks().rank != 0:
-        return
     if isinstance(job, VerifyConfig):
-        check(job)
+        if env.ranks().rank == 0:
+            check(job)
         return
+    stop_with_agent()
+    mesh = open_mesh(TIMEOUT_S)
+    _export(job, Crew(Peers(mesh.background)))
+    mesh.close()
+
+
+def _export(job: ExportConfig, crew: Crew) -> None:
     walk, folder = open_walk(job)
     job = settled(job, folder)
     quantize.check_sizes(walk.linears(job.layers), job)  # before anything that takes long
     rows_of = None
     total = len(walk.linears(job.layers))
     if job.method is Method.gptq:
-        rows_of = _calibration_rows(job, folder, walk)
+        rows_of = crew.main_first(lambda: _calibration_rows(job, folder, walk))
         total += walk.num_layers if walk.num_experts else 0
-    console = Console(highlight=False)
-    bits = None if job.size is None else _chosen_bits(job, walk, folder, console)
+    console = Console(highlight=False, quiet=not crew.is_main)
+    bits = None
+    if job.size is not None:
+        bits = crew.on_main(lambda: _chosen_bits(job, walk, folder, console))
     if bits is not None:
         total -= sum(b == quantize.BF16 for b in bits.values())
     columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
@@ -59,7 +71,9 @@ def export(job: ExportConfig | VerifyConfig) -> None:
         def advance(name: str) -> None:
             progress.update(task, advance=1, description=name.removeprefix("model."))
 
-        out, records = quantize.export(job, walk, rows_of, advance, bits)
+        out, records = quantize.export(job, walk, rows_of, advance, bits, crew)
+    if not crew.is_main:
+        return
     print_export(console, out, records)
     if bits is not None:
         (out / "bits.svg").write_text(bits_svg(bits))
@@ -67,6 +81,8 @@ def export(job: ExportConfig | VerifyConfig) -> None:
 
 
 SENSITIVITY_ROWS = 16
+TIMEOUT_S = 3600
+"""A rank may have this much to do while others wait; one that is gone is noticed at once."""
 
 
 def _chosen_bits(job: ExportConfig, walk: Walk, folder: Path, console: Console) -> dict[str, int]:

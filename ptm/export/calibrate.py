@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ptm.checkpoint.source import TensorSource
+from ptm.export.crew import Crew
 from ptm.model.block import Block
 from ptm.model.config import ModelConfig
 from ptm.model.context import Context, make_context
@@ -71,9 +72,12 @@ def routed_rows(
     text: Text,
     dtype: torch.dtype,
     advance: Callable[[], None],
+    crew: Crew,
 ) -> Tensor:
     """Tokens of each row that chose each expert, (layers, R, E) int64; `advance` after a layer."""
-    rows, found = embed(weights, text, dtype), []
+    mine, found = crew.batches(len(text.ids)), []
+    text = Text(text.ids[mine], text.contexts[mine])
+    rows = embed(weights, text, dtype)
     for layer in range(config.num_hidden_layers):
         block = load_block(config, weights, layer, dtype)
         counts = []
@@ -82,9 +86,16 @@ def routed_rows(
             normed = block.post_attention_layernorm(x)
             counts.append(_counts(block, normed, config.num_experts))
             rows[i] = x + block.mlp(normed, context.real_BL).y_BLD
-        found.append(torch.cat(counts))
+        if counts:
+            found.append(torch.cat(counts))
         advance()
-    return torch.stack(found)
+    return join_counts(found, crew)
+
+
+def join_counts(found: list[Tensor], crew: Crew) -> Tensor:
+    """Counts (R, E) of each layer over this rank's rows -> (layers, R, E) over all."""
+    mine = {str(crew.rank): torch.stack(found)} if found else {}
+    return torch.cat(list(crew.exchange(mine).values()), 1)
 
 
 def _counts(block: Block, normed_BLD: Tensor, num_experts: int) -> Tensor:

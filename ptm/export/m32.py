@@ -14,6 +14,7 @@ from ptm.checkpoint.hf import Opened, copy_tokenizer
 from ptm.checkpoint.source import RowsSource
 from ptm.export.calibrate import Text, embed, load_block, make_text, routed_rows
 from ptm.export.convert import finish_tokenizer
+from ptm.export.crew import Crew
 from ptm.export.stages import Done, Stage, Twin, stages
 from ptm.model.config import ModelConfig
 from ptm.model.hf_names import Layout, published
@@ -70,14 +71,15 @@ class M32:
     def embed(self, text: Text) -> list[Tensor]:
         return embed(self.opened.weights, text, self.dtype)
 
-    def routed_rows(self, text: Text, advance: Callable[[], None]) -> Tensor:
-        return routed_rows(self.opened.model, self.opened.weights, text, self.dtype, advance)
+    def routed_rows(self, text: Text, advance: Callable[[], None], crew: Crew) -> Tensor:
+        return routed_rows(self.opened.model, self.opened.weights, text, self.dtype, advance, crew)
 
     def stages(
         self,
         layer: int,
         rows: list[Tensor],
         text: Text,
+        crew: Crew,
         *,
         twin_rows: list[Tensor] | None,
         least_rows: int,
@@ -87,7 +89,7 @@ class M32:
         twin = None
         if twin_rows is not None:
             twin = Twin(load_block(model, weights, layer, self.dtype), twin_rows)
-        return stages(block, rows, text.contexts, twin=twin, least_rows=least_rows)
+        return stages(block, rows, text.contexts, crew=crew, twin=twin, least_rows=least_rows)
 
     def config(self, folder: Path) -> dict[str, Any]:
         ids = finish_tokenizer(self.opened, folder)

@@ -25,8 +25,9 @@ from ptm.checkpoint.hf import copy_tokenizer, open_weights
 from ptm.checkpoint.source import TensorInfo, TensorSource
 from ptm.checkpoint.untrusted import read_json
 from ptm.common.errors import CheckpointError, line
-from ptm.export.calibrate import Text
+from ptm.export.calibrate import Text, join_counts
 from ptm.export.config import ExportFormat
+from ptm.export.crew import Crew
 from ptm.export.ordinary_config import Kind, parse
 from ptm.export.ordinary_layer import Layer, Twin, stages
 from ptm.export.stages import Done, Stage
@@ -88,8 +89,8 @@ class OrdinaryWalk:
         return [torch.nn.functional.embedding(ids, table) for ids in text.ids]
 
     @torch.no_grad()
-    def routed_rows(self, text: Text, advance: Callable[[], None]) -> Tensor:
-        rows, found = self.embed(text), []
+    def routed_rows(self, text: Text, advance: Callable[[], None], crew: Crew) -> Tensor:
+        rows, found = self.embed(text)[crew.batches(len(text.ids))], []
         for index in range(self.num_layers):
             layer, counts = self._layer(index), []
             for i, x in enumerate(rows):
@@ -102,19 +103,20 @@ class OrdinaryWalk:
             if counts:
                 found.append(torch.cat(counts))
             advance()
-        return torch.stack(found)
+        return join_counts(found, crew)
 
     def stages(
         self,
         layer: int,
         rows: list[Tensor],
         text: Text,
+        crew: Crew,
         *,
         twin_rows: list[Tensor] | None,
         least_rows: int,
     ) -> Generator[Stage, None, Done]:
         twin = None if twin_rows is None else Twin(self._layer(layer), twin_rows)
-        return stages(self._layer(layer), rows, twin=twin, least_rows=least_rows)
+        return stages(self._layer(layer), rows, crew=crew, twin=twin, least_rows=least_rows)
 
     def config(self, folder: Path) -> dict[str, Any]:
         copy_tokenizer(self.tokenizer, folder)

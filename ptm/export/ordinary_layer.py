@@ -6,8 +6,8 @@
 
 As ptm/export/stages.py does for M32: `stages` yields what linears read, whoever asked writes the
 quantized weights over the layer's, and what comes after reads what they give; each part is computed
-once. Rows are whole, so attention sees everything before a token. Compared with transformers in
-tests/export/test_ordinary_layer.py.
+once, and of several ranks each has its own rows and experts. Rows are whole, so attention sees
+everything before a token. Compared with transformers in tests/export/test_ordinary_layer.py.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ptm.checkpoint.source import TensorSource
+from ptm.export.crew import Crew
 from ptm.export.ordinary_config import Ordinary
-from ptm.export.stages import Done, Stage, stand_ins
+from ptm.export.stages import Done, Shared, Stage, shared_by, stand_ins
 from ptm.kernels.linear import linear, widen
 from ptm.model.router import Routing
 
@@ -89,7 +90,8 @@ class Layer:
 
     def mlp(self, x: Tensor) -> Tensor:
         """Of normed rows (..., D), the whole of what is added to them."""
-        return _whole(_mlp_stages([self], [x.flatten(0, -2)], 0))[0][0].view_as(x)
+        rows = [x.flatten(0, -2)]
+        return _whole(_mlp_stages([self], [rows], 0, Crew(), shared_by(rows)))[0][0][0].view_as(x)
 
 
 class Twin(NamedTuple):
@@ -101,79 +103,102 @@ class Twin(NamedTuple):
 
 @torch.no_grad()
 def stages(
-    layer: Layer, rows: list[Tensor], *, twin: Twin | None = None, least_rows: int = 0
+    layer: Layer,
+    rows: list[Tensor],
+    *,
+    crew: Crew | None = None,
+    twin: Twin | None = None,
+    least_rows: int = 0,
 ) -> Generator[Stage, None, Done]:
     """Shapes: rows are batches (B, L, D)."""
     sides = [layer] if twin is None else [layer, twin.layer]
-    both = [rows] if twin is None else [rows, twin.rows]
+    crew, shared = crew or Crew(), shared_by(rows)
+    mine = crew.batches(len(rows))
+    both = [rows[mine]] if twin is None else [rows[mine], twin.rows[mine]]
 
     normed = [[s.normed("input", x) for x in xs] for s, xs in zip(sides, both)]
-    yield _stage(layer, [f"self_attn.{part}_proj" for part in "qkv"], normed)
+    yield _stage(layer, [f"self_attn.{part}_proj" for part in "qkv"], normed, shared=shared)
     heads = [[s.attend(n) for n in ns] for s, ns in zip(sides, normed)]
     del normed
-    yield _stage(layer, ["self_attn.o_proj"], heads)
+    yield _stage(layer, ["self_attn.o_proj"], heads, shared=shared)
     both = [
         [x + s.linear("self_attn.o_proj", h) for x, h in zip(xs, hs)]
         for s, xs, hs in zip(sides, both, heads)
     ]
     del heads
     flat = [
-        torch.cat([s.normed("post_attention", x).flatten(0, -2) for x in xs])
-        for s, xs in zip(sides, both)
+        [s.normed("post_attention", x).flatten(0, -2) for x in xs] for s, xs in zip(sides, both)
     ]
-    added, counts = yield from _mlp_stages(sides, flat, least_rows)
-    sizes = [x[..., 0].numel() for x in rows]
-    done = [[x + y.view_as(x) for x, y in zip(xs, ys.split(sizes))] for xs, ys in zip(both, added)]
+    added, counts = yield from _mlp_stages(sides, flat, least_rows, crew, shared)
+    done = [crew.join([x + y.view_as(x) for x, y in zip(xs, ys)]) for xs, ys in zip(both, added)]
     return Done(done[0], done[1] if twin is not None else None, counts)
 
 
 def _mlp_stages(
-    sides: list[Layer], flat: list[Tensor], least_rows: int
-) -> Generator[Stage, None, tuple[list[Tensor], Tensor]]:
-    """What is added to the rows (T, D) of each side, and tokens of each expert, (E,)."""
+    sides: list[Layer], flat: list[list[Tensor]], least_rows: int, crew: Crew, shared: Shared
+) -> Generator[Stage, None, tuple[list[list[Tensor]], Tensor]]:
+    """What is added to this rank's batches of rows (T, D), of each side; and tokens of each expert,
+    (E,). A twin's rows go by its own router."""
     layer, model = sides[0], sides[0].model
     plain = ("gate_proj", "up_proj", "down_proj")
     if not model.has_experts(layer.index):
-        added = yield from _swiglu(sides, "mlp.", plain, flat)
+        added = yield from _swiglu(sides, "mlp.", plain, flat, shared=shared)
         return added, torch.zeros(0, dtype=torch.int64)
-    added, counts = yield from _experts(sides, flat, least_rows)
+    every = [crew.join(xs) for xs in flat]
+    sizes, mine = [len(x) for x in every[0]], crew.batches(shared.batches)
+    y_TD, counts = yield from _experts(sides, [torch.cat(xs) for xs in every], least_rows, crew)
+    added = [list(y_TD.split(sizes)[mine])]
+    for s, xs in zip(sides[1:], flat[1:]):
+        added.append([_whole(_experts([s], [x], 0, Crew()))[0] for x in xs])
     if model.shared_size:
-        shared = yield from _swiglu(sides, "mlp.shared_expert.", plain, flat)
-        for side, x, y, more in zip(sides, flat, added, shared):
-            y += side.linear("mlp.shared_expert_gate", x).sigmoid() * more
+        given = yield from _swiglu(sides, "mlp.shared_expert.", plain, flat, shared=shared)
+        for s, xs, ys, more in zip(sides, flat, added, given):
+            for x, y, z in zip(xs, ys, more):
+                y += s.linear("mlp.shared_expert_gate", x).sigmoid() * z
     return added, counts
 
 
 def _swiglu(
-    sides: list[Layer], prefix: str, names: tuple[str, str, str], flat: list[Tensor], own: int = -1
-) -> Generator[Stage, None, list[Tensor]]:
-    """One MLP: two stages, then what it gives."""
-    layer, own_rows = sides[0], None if own < 0 else own
-    yield _stage(layer, [prefix + name for name in names[:2]], [[x] for x in flat], own_rows)
-    active = [s.active(prefix, names, x) for s, x in zip(sides, flat)]
-    yield _stage(layer, [prefix + names[2]], [[x] for x in active], own_rows)
-    return [s.linear(prefix + names[2], x) for s, x in zip(sides, active)]
+    sides: list[Layer],
+    prefix: str,
+    names: tuple[str, str, str],
+    rows: list[list[Tensor]],
+    own: int | None = None,
+    shared: Shared | None = None,
+) -> Generator[Stage, None, list[list[Tensor]]]:
+    """One MLP: two stages, then what it gives for batches of rows of each side."""
+    layer = sides[0]
+    yield _stage(layer, [prefix + name for name in names[:2]], rows, own, shared)
+    rows = [[s.active(prefix, names, x) for x in xs] for s, xs in zip(sides, rows)]
+    yield _stage(layer, [prefix + names[2]], rows, own, shared)
+    return [[s.linear(prefix + names[2], x) for x in xs] for s, xs in zip(sides, rows)]
 
 
 def _experts(
-    sides: list[Layer], flat: list[Tensor], least_rows: int
-) -> Generator[Stage, None, tuple[list[Tensor], Tensor]]:
-    """The experts one after another. The twin's see the tokens that this side's router chose for
-    them, so that pairs of rows belong together; what they give goes by its own router."""
+    sides: list[Layer], flat: list[Tensor], least_rows: int, crew: Crew
+) -> Generator[Stage, None, tuple[Tensor, Tensor]]:
+    """The experts one after another, on each rank its own; their weighted sum (T, D) and tokens of
+    each. The twin's see the tokens that this side's router chose for them, so that pairs of rows
+    belong together."""
     layer, model = sides[0], sides[0].model
     x_TD = flat[0]
     routing = layer.route(x_TD)
     y_TD = torch.zeros_like(x_TD)
-    for e in range(model.num_experts):
-        token, place = (routing.ids_TA == e).nonzero(as_tuple=True)
-        own = len(token)
-        shown = torch.cat([token, stand_ins(token, len(x_TD), least_rows - own)])
-        prefix = f"{model.moe}.experts.{e}."
-        given = yield from _swiglu(sides, prefix, model.parts, [x[shown] for x in flat], own)
-        weight = routing.weights_TA[token, place].to(x_TD.dtype).unsqueeze(1)
-        y_TD.index_add_(0, token, given[0][:own] * weight)
-    twins = [_whole(_experts([s], [x], 0))[0][0] for s, x in zip(sides[1:], flat[1:])]
-    return [y_TD, *twins], routing.counts_E
+    for now, mine in crew.rounds(routing.counts_E):
+        given = {}
+        for e in mine:
+            token, place = (routing.ids_TA == e).nonzero(as_tuple=True)
+            own = len(token)
+            shown = torch.cat([token, stand_ins(token, len(x_TD), least_rows - own)])
+            prefix, rows = f"{model.moe}.experts.{e}.", [[x[shown]] for x in flat]
+            outputs = yield from _swiglu(sides, prefix, model.parts, rows, own)
+            weight = routing.weights_TA[token, place].to(x_TD.dtype).unsqueeze(1)
+            given[str(e)] = outputs[0][0][:own] * weight
+        given = crew.exchange(given)
+        for e in now:
+            token = (routing.ids_TA == e).nonzero(as_tuple=True)[0]
+            y_TD.index_add_(0, token, given[str(e)])
+    return y_TD, routing.counts_E
 
 
 def _whole(walk: Generator[Stage, None, Any]) -> Any:
@@ -186,10 +211,14 @@ def _whole(walk: Generator[Stage, None, Any]) -> Any:
 
 
 def _stage(
-    layer: Layer, names: list[str], sides: list[list[Tensor]], own_rows: int | None = None
+    layer: Layer,
+    names: list[str],
+    sides: list[list[Tensor]],
+    own_rows: int | None = None,
+    shared: Shared | None = None,
 ) -> Stage:
     linears = {name: layer.weights[f"{name}.weight"] for name in names}
-    return Stage(linears, sides[0], sides[1] if len(sides) > 1 else None, own_rows)
+    return Stage(linears, sides[0], sides[1] if len(sides) > 1 else None, own_rows, shared)
 
 
 def _angles(model: Ordinary, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -6,9 +6,10 @@
     3 each layer into a file of its own, packed (ptm/quant/pack.py), then config.json, tokenizer,
       index and a model card
 
-Memory holds one layer, its shard and the rows of the text. A kill costs the layer under way:
-started again, the same command goes on, to the same bytes. Quantized are q, k, v, o, MLPs and all
-experts; norms, filters, embedding and head never, M32's router with layers=published.
+Ranks share each layer (ptm/export/crew.py), to the same bytes for any number of them, and the first
+one writes. Memory holds one layer, its shard and the rows of the text. A kill costs the layer under
+way: started again, the same command goes on, to the same bytes. Quantized are q, k, v, o, MLPs and
+all experts; norms, filters, embedding and head never, M32's router with layers=published.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from ptm.engine.split import split
 from ptm.export.calibrate import Text, choose_rows, share_of
 from ptm.export.card import model_card
 from ptm.export.config import ExportConfig, ExportFormat, Method
+from ptm.export.crew import Crew
 from ptm.export.partial import Partial
 from ptm.export.stages import Stage
 from ptm.export.walk import Walk
@@ -110,13 +112,15 @@ def export(
     rows_of: RowsOf | None,
     advance: Advance,
     bits: Mapping[str, int] | None = None,
+    crew: Crew | None = None,
 ) -> tuple[Path, list[Record]]:
     """Write the export; `advance` hears of every linear and every layer of the first pass.
 
     rows_of is None where no text is needed. bits of each linear, 16 where it stays as it is; None:
-    those of the config. Raises CheckpointError, DataError, RecipeError,
-    StorageError.
+    those of the config. All ranks of a crew call it, and see the same folders. Raises
+    CheckpointError, DataError, RecipeError, StorageError, and HangError where a rank is gone.
     """
+    crew = crew or Crew()
     check_sizes(walk.linears(config.layers), config)
     out = out_of(config)
     linears = walk.linears(config.layers)
@@ -125,31 +129,39 @@ def export(
         for name in linears
         if bits is None or bits[name] < BF16
     }
-    partial = Partial(out, _settings(config, walk), walk.num_layers + 1)
+    partial: Partial = crew.main_first(
+        lambda: Partial(out, _settings(config, walk), walk.num_layers + 1)
+    )
     text = rows = None
     if rows_of is not None:
-        text = _text(config, walk, rows_of, partial, advance)
+        text = _text(config, walk, rows_of, partial, advance, crew)
         rows = walk.embed(text) if not partial.num_done else _resumed(partial)
     twin_rows = list(rows) if rows is not None and config.alpha else None
     if partial.num_done and twin_rows is not None:
         twin_rows = _resumed(partial, "twin")
     for layer in range(partial.num_done, walk.num_layers):
-        made = _Layer(config, walk, layer, grids, advance)
+        made = _Layer(config, walk, layer, grids, advance, crew)
         if text is not None and rows is not None:
             rows, twin_rows = made.calibrate(rows, twin_rows, text)
         else:
             made.round()
-        partial.write_shard(layer + 1, made.tensors())
-        kept = {f"rows.{i:05d}": x for i, x in enumerate(rows or ())}
-        kept |= {f"twin.{i:05d}": x for i, x in enumerate(twin_rows or ())}
-        partial.finish_layer(layer, kept or {"none": torch.zeros(1)}, made.records)
-    records = [Record(*values) for values in partial.records()]
-    _finish(config, walk, grids, partial, records)
-    return out, records
+        packed, found = made.gathered()
+        if crew.is_main:
+            partial.write_shard(layer + 1, made.tensors(packed))
+            kept = {f"rows.{i:05d}": x for i, x in enumerate(rows or ())}
+            kept |= {f"twin.{i:05d}": x for i, x in enumerate(twin_rows or ())}
+            partial.finish_layer(layer, kept or {"none": torch.zeros(1)}, found)
+
+    def finish() -> list[Record]:
+        records = [Record(*values) for values in partial.records()]
+        _finish(config, walk, grids, partial, records)
+        return records
+
+    return out, [Record(*values) for values in crew.on_main(finish)]
 
 
 class _Layer:
-    """One layer: its codes as they are found."""
+    """One layer: its codes as they are found, on each rank its own."""
 
     def __init__(
         self,
@@ -158,8 +170,9 @@ class _Layer:
         index: int,
         grids: Mapping[str, Grid],
         advance: Advance,
+        crew: Crew,
     ) -> None:
-        self.config, self.walk = config, walk
+        self.config, self.walk, self.crew = config, walk, crew
         self.index, self.advance = index, advance
         self.prefix = f"model.layers.{index}."
         self.grids = {n: grid for n, grid in grids.items() if n.startswith(self.prefix)}
@@ -175,7 +188,9 @@ class _Layer:
     def round(self) -> None:
         """Without text: every linear to the nearest codes, of the weights that forwards saw."""
         is_trained = self.config.method is Method.trained
-        for name, grid in self.grids.items():
+        for i, (name, grid) in enumerate(self.grids.items()):
+            if not self.crew.is_mine(i):
+                continue
             weight = self._weight(name)
             weight = working_weight(weight) if is_trained else weight
             self._keep(name, round_to_nearest(weight, grid), None, 0, None)
@@ -186,7 +201,9 @@ class _Layer:
         """Quantize by what the inputs are; the rows of the next layer."""
         walk = self.walk
         share = share_of(text.num_tokens, walk.num_experts, walk.experts_per_token)
-        stages = walk.stages(self.index, rows, text, twin_rows=twin_rows, least_rows=share)
+        stages = walk.stages(
+            self.index, rows, text, self.crew, twin_rows=twin_rows, least_rows=share
+        )
         try:
             while True:
                 self._stage(next(stages))
@@ -198,16 +215,29 @@ class _Layer:
         if not wanted:
             return
         num_inputs = next(iter(wanted.values())).shape[1]
-        hessian = Hessian(num_inputs)
-        for x in stage.inputs:
-            hessian.add(x)
+        hessian, cross = self._hessian(stage, num_inputs), self._cross(stage, num_inputs)
+        mine = wanted
+        if stage.shared is not None:
+            names = [name for i, name in enumerate(wanted) if self.crew.is_mine(i)]
+            mine = {name: wanted[name] for name in names}
+        self._solve(mine, hessian, cross, stage.own_rows)
+        if stage.shared is not None:
+            for name, weight in self.crew.exchange(mine).items():
+                if name not in mine:
+                    wanted[name].copy_(weight)
+
+    def _solve(
+        self, linears: dict[str, Tensor], hessian: Hessian, cross: Tensor | None, own: int | None
+    ) -> None:
+        """Codes for linears that read the same; their weights become what the codes say."""
+        if not linears:
+            return
         try:
             factor = factorize(hessian.mean(), self.options)
         except ValueError as error:
-            name = self.prefix + next(iter(wanted))
+            name = self.prefix + next(iter(linears))
             raise CheckpointError(line("linear", name, f"{error}", "look at the model")) from None
-        cross = _cross(stage, num_inputs)
-        for name, parameter in wanted.items():
+        for name, parameter in linears.items():
             whole = self.prefix + name
             weight, grid = self._weight(whole), self.grids[whole]
             solved = solve(weight, factor, grid, self.options, cross_KK=cross)
@@ -216,7 +246,38 @@ class _Layer:
             before = relative_error(weight, nearest, factor.mean_KK)
             damping = None if solved.damping == self.options.damping else solved.damping
             found = (solved.error, before)
-            self._keep(whole, solved.quantized, found, hessian.num_rows, stage.own_rows, damping)
+            self._keep(whole, solved.quantized, found, hessian.num_rows, own, damping)
+
+    def _hessian(self, stage: Stage, num_inputs: int) -> Hessian:
+        def part(batches: slice) -> Hessian:
+            found = Hessian(num_inputs)
+            for x in stage.inputs[batches]:
+                found.add(x)
+            return found
+
+        if stage.shared is None:
+            return part(slice(None))
+        whole = Hessian(num_inputs)
+        whole.sum_KK = self.crew.sum(stage.shared.batches, lambda batches: part(batches).sum_KK)
+        whole.num_rows = stage.shared.rows
+        return whole
+
+    def _cross(self, stage: Stage, num_inputs: int) -> Tensor | None:
+        """Mean of (wanted - input) input^T, for GPTAQ."""
+        wanted, shared = stage.wanted, stage.shared
+        if wanted is None:
+            return None
+
+        def part(batches: slice) -> Tensor:
+            total = torch.zeros(num_inputs, num_inputs)
+            for x, y in zip(stage.inputs[batches], wanted[batches]):
+                x, y = (rows.reshape(-1, num_inputs).float() for rows in (x, y))
+                total += (y - x).t() @ x
+            return total
+
+        if shared is not None:
+            return self.crew.sum(shared.batches, part) / max(shared.rows, 1)
+        return part(slice(None)) / max(sum(x[..., 0].numel() for x in stage.inputs), 1)
 
     def _weight(self, name: str) -> Tensor:
         return self.walk.read(f"{name}.weight").float()
@@ -237,51 +298,58 @@ class _Layer:
         self.records.append(made)
         self.advance(name)
 
-    def tensors(self) -> dict[str, Tensor]:
+    def gathered(self) -> tuple[dict[str, dict[str, Tensor]], list[Record]]:
+        """Of all linears of the layer, whoever had them: what a file holds, and what was found."""
+        format, packed = format_of(self.config), {}
+        for name, codes in self.codes.items():
+            packed |= {f"{name}.{suffix}": t for suffix, t in to_tensors(codes, format).items()}
+        found: dict[str, dict[str, Tensor]] = {name: {} for name in self.grids}
+        for key, tensor in self.crew.exchange(packed).items():
+            name, _, suffix = key.rpartition(".")
+            found[name][suffix] = tensor
+        every = [Record(*r) for of_rank in self.crew.peers.gather(self.records) for r in of_rank]
+        for record in every:
+            if record.name not in self.codes:
+                self.advance(record.name)
+        place = {name: i for i, name in enumerate(self.grids)}
+        return found, sorted(every, key=lambda record: place[record.name])
+
+    def tensors(self, packed: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """All tensors of the layer as the file has them."""
         found: dict[str, Tensor] = {}
         for name in self.walk.names():
             if name.startswith(self.prefix):
                 module = name.removesuffix(".weight")
-                if module in self.codes:
-                    packed = to_tensors(self.codes[module], format_of(self.config))
-                    found |= {f"{module}.{suffix}": t for suffix, t in packed.items()}
+                if module in packed:
+                    found |= {f"{module}.{suffix}": t for suffix, t in packed[module].items()}
                 else:
                     found[name] = self.walk.read(name).to(self.walk.dtype)
         return found
 
 
-def _cross(stage: Stage, num_inputs: int) -> Tensor | None:
-    """Mean of (wanted - input) input^T, for GPTAQ."""
-    if stage.wanted is None:
-        return None
-    total, count = torch.zeros(num_inputs, num_inputs), 0
-    for x, y in zip(stage.inputs, stage.wanted):
-        x, y = (rows.reshape(-1, num_inputs).float() for rows in (x, y))
-        total += (y - x).t() @ x
-        count += len(x)
-    return total / max(count, 1)
-
-
 def _text(
-    config: ExportConfig, walk: Walk, rows_of: RowsOf, partial: Partial, advance: Advance
+    config: ExportConfig,
+    walk: Walk,
+    rows_of: RowsOf,
+    partial: Partial,
+    advance: Advance,
+    crew: Crew,
 ) -> Text:
     """The calibration text; which rows is remembered, so that a second start takes the same."""
     kept, has_choice = partial.folder / "settings-rows.json", walk.num_experts > 0
     ids, documents = rows_of(2 * config.rows if has_choice else config.rows)
-    if kept.exists():
-        chosen = json.loads(kept.read_text())
-    else:
+    chosen = crew.on_main(lambda: json.loads(kept.read_text()) if kept.exists() else None)
+    if chosen is None:
         if len(ids) < 1:
             raise DataError(line("rows", config.rows, "there is no row", "give more text"))
         chosen = list(range(len(ids)))
         if has_choice:
             pool = walk.text(ids, documents, config.micro_batch_size)
-            counts = walk.routed_rows(pool, lambda: advance("choosing text"))
+            counts = walk.routed_rows(pool, lambda: advance("choosing text"), crew)
             tokens = config.rows * ids.shape[1]
             share = share_of(tokens, walk.num_experts, walk.experts_per_token)
             chosen = choose_rows(counts, config.rows, share)
-        write_file(kept, json.dumps(chosen).encode())
+        crew.on_main(lambda: write_file(kept, json.dumps(chosen).encode()))
     return walk.text(ids[chosen], documents[chosen], config.micro_batch_size)
 
 

@@ -8,6 +8,9 @@
 over the layer's, and what comes after reads what they give. Every part is computed once, so a layer
 costs about one forward. It returns the rows for the next layer.
 
+Of several ranks (ptm/export/crew.py) each goes through the same stages with its own rows, and then
+through those of its own experts; between the two, and at the end, all have all rows.
+
 With a twin (the layer as it was, and rows that only such layers made) each stage also has what its
 linears would read in the whole model, for GPTAQ.
 
@@ -25,22 +28,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ptm.export.crew import Crew
 from ptm.model.block import Block
 from ptm.model.context import Context
 from ptm.model.router import Routing
+
+
+class Shared(NamedTuple):
+    """A text of which every rank has its own batches: how many there are, and rows in them."""
+
+    batches: int
+    rows: int
 
 
 class Stage(NamedTuple):
     """Linears that read the same rows.
 
     linears: name in the layer -> its weight (N, K), to be written over; inputs: batches of rows
-    (..., K); wanted: the twin's, alike; own_rows: of an expert's rows those that it was chosen for.
+    (..., K); wanted: the twin's, alike; own_rows: of an expert's rows those that it was chosen for;
+    shared: where other ranks have this stage too, with other rows. Then all write the weights.
     """
 
     linears: dict[str, Tensor]
     inputs: list[Tensor]
     wanted: list[Tensor] | None = None
     own_rows: int | None = None
+    shared: Shared | None = None
 
 
 class Twin(NamedTuple):
@@ -64,48 +77,53 @@ def stages(
     rows: list[Tensor],
     contexts: list[Context],
     *,
+    crew: Crew | None = None,
     twin: Twin | None = None,
     router_bias_E: Tensor | None = None,
     least_rows: int = 0,
 ) -> Generator[Stage, None, Done]:
     """Shapes: rows are batches (B, L, D) with a context each."""
     attention, gate = block.self_attn, block.mlp.gate
-    normed, filtered = _filtered(block, rows, contexts)
+    crew = crew or Crew()
+    mine, shared = crew.batches(len(rows)), shared_by(rows)
+    contexts = contexts[mine]
+    normed, filtered = _filtered(block, rows[mine], contexts)
     twin_normed, twin_filtered = (
-        (None, None) if twin is None else _filtered(twin.block, twin.rows, contexts)
+        (None, None) if twin is None else _filtered(twin.block, twin.rows[mine], contexts)
     )
     weights = {f"{name}_proj": getattr(attention, f"{name}_proj").weight.data for name in "qkvo"}
 
     def of(*names: str) -> dict[str, Tensor]:
         return {f"self_attn.{name}": weights[name] for name in names}
 
-    yield Stage(of("q_proj", "k_proj"), filtered, twin_filtered)
-    yield Stage(of("v_proj"), normed, twin_normed)
+    yield Stage(of("q_proj", "k_proj"), filtered, twin_filtered, shared=shared)
+    yield Stage(of("v_proj"), normed, twin_normed, shared=shared)
     heads = [attention.attend(z, n, c) for z, n, c in zip(filtered, normed, contexts)]
     twin_heads = None
     if twin is not None and twin_filtered is not None and twin_normed is not None:
         parts = zip(twin_filtered, twin_normed, contexts)
         twin_heads = [twin.block.self_attn.attend(z, n, c) for z, n, c in parts]
-    yield Stage(of("o_proj"), heads, twin_heads)
-    rows = [x + attention.o_proj(h) for x, h in zip(rows, heads)]
+    yield Stage(of("o_proj"), heads, twin_heads, shared=shared)
+    rows = crew.join([x + attention.o_proj(h) for x, h in zip(rows[mine], heads)])
     normed = [block.post_attention_layernorm(x) for x in rows]
-    twin_rows = twin_mlp_TD = None
+    twin_rows = twin_normed = None
     if twin is not None and twin_heads is not None:
-        twin_rows = [x + twin.block.self_attn.o_proj(h) for x, h in zip(twin.rows, twin_heads)]
-        twin_mlp_TD = _flat([twin.block.post_attention_layernorm(x) for x in twin_rows])
+        own = zip(twin.rows[mine], twin_heads)
+        twin_rows = crew.join([x + twin.block.self_attn.o_proj(h) for x, h in own])
+        twin_normed = [twin.block.post_attention_layernorm(x) for x in twin_rows]
 
     parts = {f".{name}": part for name, part in gate.named_children()} or {"": gate}
     router = {f"mlp.gate{name}": _weight(part) for name, part in parts.items()}
-    twin_mlp = None if twin_mlp_TD is None else [twin_mlp_TD]
-    yield Stage(router, normed, twin_mlp)
+    twin_mine = None if twin_normed is None else twin_normed[mine]
+    yield Stage(router, normed[mine], twin_mine, shared=shared)
     x_TD = _flat(normed)
     routing: Routing = gate(x_TD) if router_bias_E is None else gate(x_TD, router_bias_E)
-    y_TD = yield from _experts(block, x_TD, routing, twin, twin_mlp_TD, least_rows)
+    twin_TD = None if twin_normed is None else _flat(twin_normed)
+    y_TD = yield from _experts(block, x_TD, routing, twin, twin_TD, least_rows, crew)
     rows = [x + y.view_as(x) for x, y in zip(rows, y_TD.split([x[..., 0].numel() for x in rows]))]
-    if twin is not None and twin_rows is not None and twin_mlp_TD is not None:
-        mixed = twin.block.mlp(twin_mlp_TD.unsqueeze(0), None, router_bias_E).y_BLD[0]
-        sizes = [x[..., 0].numel() for x in twin_rows]
-        twin_rows = [x + y.view_as(x) for x, y in zip(twin_rows, mixed.split(sizes))]
+    if twin is not None and twin_rows is not None and twin_mine is not None:
+        mixed = [twin.block.mlp(n, None, router_bias_E).y_BLD for n in twin_mine]
+        twin_rows = crew.join([x + y for x, y in zip(twin_rows[mine], mixed)])
     return Done(rows, twin_rows, routing.counts_E)
 
 
@@ -116,24 +134,36 @@ def _experts(
     twin: Twin | None,
     twin_TD: Tensor | None,
     least_rows: int,
+    crew: Crew,
 ) -> Generator[Stage, None, Tensor]:
-    """The experts one after another; returns their weighted sum (T, D)."""
+    """The experts one after another, on each rank its own; returns their weighted sum (T, D)."""
     experts = block.mlp.experts
     y_TD = torch.zeros_like(x_TD)
-    for e in range(routing.counts_E.numel()):
-        token, place = (routing.ids_TA == e).nonzero(as_tuple=True)
-        own = len(token)
-        shown = torch.cat([token, stand_ins(token, len(x_TD), least_rows - own)])
-        rows = x_TD[shown]
-        wanted = None if twin_TD is None else twin_TD[shown]
-        yield Stage({f"mlp.experts.{e}.w1": experts.w1.data[e]}, [rows], _or_none(wanted), own)
-        active = _swiglu(rows, experts.w1[e])
-        if wanted is not None and twin is not None:
-            wanted = _swiglu(wanted, twin.block.mlp.experts.w1[e])
-        yield Stage({f"mlp.experts.{e}.w2": experts.w2.data[e]}, [active], _or_none(wanted), own)
-        weight = routing.weights_TA[token, place].to(x_TD.dtype).unsqueeze(1)
-        y_TD.index_add_(0, token, F.linear(active[:own], experts.w2[e]) * weight)
+    for now, mine in crew.rounds(routing.counts_E):
+        given = {}
+        for e in mine:
+            token, place = (routing.ids_TA == e).nonzero(as_tuple=True)
+            own = len(token)
+            shown = torch.cat([token, stand_ins(token, len(x_TD), least_rows - own)])
+            rows = x_TD[shown]
+            wanted = None if twin_TD is None else twin_TD[shown]
+            yield Stage({f"mlp.experts.{e}.w1": experts.w1.data[e]}, [rows], _or_none(wanted), own)
+            rows = _swiglu(rows, experts.w1[e])
+            if wanted is not None and twin is not None:
+                wanted = _swiglu(wanted, twin.block.mlp.experts.w1[e])
+            yield Stage({f"mlp.experts.{e}.w2": experts.w2.data[e]}, [rows], _or_none(wanted), own)
+            weight = routing.weights_TA[token, place].to(x_TD.dtype).unsqueeze(1)
+            given[str(e)] = F.linear(rows[:own], experts.w2[e]) * weight
+        given = crew.exchange(given)
+        for e in now:
+            token = (routing.ids_TA == e).nonzero(as_tuple=True)[0]
+            y_TD.index_add_(0, token, given[str(e)])
     return y_TD
+
+
+def shared_by(rows: list[Tensor]) -> Shared:
+    """Of all batches (..., D)."""
+    return Shared(len(rows), sum(x[..., 0].numel() for x in rows))
 
 
 def _filtered(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ptm.export.calibrate import Text
+from ptm.export.crew import Crew
 from ptm.export.stages import Done, Stage
 from ptm.quant.config import Layers
 
@@ -55,7 +56,7 @@ class Walk(Protocol):
 
     def embed(self, text: Text) -> list[Tensor]: ...
 
-    def routed_rows(self, text: Text, advance: Callable[[], None]) -> Tensor:
+    def routed_rows(self, text: Text, advance: Callable[[], None], crew: Crew) -> Tensor:
         """Tokens of each row that chose each expert, (layers, R, E); `advance` after a layer."""
         ...
 
@@ -64,6 +65,7 @@ class Walk(Protocol):
         layer: int,
         rows: list[Tensor],
         text: Text,
+        crew: Crew,
         *,
         twin_rows: list[Tensor] | None,
         least_rows: int,

@@ -53,11 +53,7 @@ class GptqOptions:
 
 
 class Hessian:
-    """Sum of x x^T over the rows of calibration text, and how many there were.
-
-    Ranks add theirs up in a fixed order before use (`merge`), so where rows were computed does not
-    matter beyond the order of the sums.
-    """
+    """Sum of x x^T over the rows of calibration text, and how many there were."""
 
     def __init__(self, num_inputs: int, device: torch.device | str = "cpu") -> None:
         self.sum_KK = torch.zeros(num_inputs, num_inputs, device=device)
@@ -73,10 +69,6 @@ class Hessian:
             for i in range(0, K, STRIP):
                 self.sum_KK[i : i + STRIP, i:] += rows[:, i : i + STRIP].t() @ rows[:, i:]
         self.num_rows += x_TK.shape[0]
-
-    def merge(self, other: Hessian) -> None:
-        self.sum_KK += other.sum_KK
-        self.num_rows += other.num_rows
 
     def mean(self) -> Tensor:
         """(K, K) fp32, symmetric."""

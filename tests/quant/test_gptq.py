@@ -140,15 +140,14 @@ def test_damping_is_raised_until_it_works_and_said() -> None:
         factorize(h)
 
 
-def test_hessian_is_a_sum_whose_parts_may_be_merged() -> None:
+def test_hessian_is_a_sum_that_may_be_made_in_parts() -> None:
     _, x, _ = workload(t=1500)
-    whole, first, second = (Hessian(96) for _ in range(3))
+    whole, parts = Hessian(96), Hessian(96)
     whole.add(x.view(3, 500, 96))
-    first.add(x[:700])
-    second.add(x[700:])
-    first.merge(second)
+    parts.add(x[:700])
+    parts.add(x[700:])
     exact = x.double().t() @ x.double() / 1500
-    for found in (whole, first):
+    for found in (whole, parts):
         assert found.num_rows == 1500
         assert torch.equal(found.mean(), found.mean().t())
         assert (found.mean() - exact).norm() < 1e-6 * exact.norm()
