@@ -99,7 +99,7 @@ def backward_rows(
     w2_EDF: Tensor,
     kept: Kept,
     *,
-    into: tuple[Tensor, ...],
+    into: tuple[Tensor, Tensor],
     adds: bool = False,
 ) -> Tensor:
     """Gradient of the rows, (Q, D); those of w1 and w2 are written over `into`, or added to it. The
@@ -185,27 +185,15 @@ def _backward(grad, x, weights, w1, w2, order, starts, hidden, by_experts: bool)
 
 
 def _call_backward(
-    grad,
-    x,
-    weights,
-    w1,
-    w2,
-    order,
-    starts,
-    hidden,
-    rows,
-    by_x,
-    by_weights,
-    by_w1,
-    by_w2,
-    adds=False,
+    grad, x, weights, w1, w2, order, starts, hidden, *outputs: Tensor | None, adds: bool = False
 ) -> None:
+    """outputs: rows, and the gradients of x, weights, w1 and w2."""
     active = 1 if weights is None else weights.shape[1]
     weights = None if weights is None else weights.contiguous()
-    is_exact = by_w1 is not None and by_w1.dtype is torch.float32
+    is_exact = outputs[3] is not None and outputs[3].dtype is torch.float32
     native.call("moe_mlp_backward", grad.contiguous(), x.contiguous(), weights, w1.contiguous(),
-                w2.contiguous(), order, starts, hidden, rows, by_x, by_weights, by_w1, by_w2,
-                is_exact + adds, len(x), active, x.shape[1], w2.shape[2], len(w1))  # fmt: skip
+                w2.contiguous(), order, starts, hidden, *outputs, is_exact + adds, len(x), active,
+                x.shape[1], w2.shape[2], len(w1))  # fmt: skip
 
 
 @torch.library.register_fake("ptm::moe_mlp_backward")
@@ -234,11 +222,12 @@ def _differentiate(ctx, grad: Tensor | None, _: None):
     by_experts = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
     rooms = rooms_of(ctx.sinks) if by_experts else None
     if rooms is not None:
-        by_x, by_weights, *_ = _gradients(grad, *saved, by_experts=False)
-        rows = None if weights is None else x.new_empty(len(order), x.shape[1])
-        by_weights = None if weights is None else by_weights
-        _call_backward(grad, *saved, rows, by_x, by_weights, *rooms.into, adds=rooms.adds)
-        return by_x, by_weights, put(w1), put(w2), None, None, None
+        by_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+        rows, by = None, None
+        if weights is not None:
+            rows, by = x.new_empty(len(order), x.shape[1]), torch.empty_like(weights).contiguous()
+        _call_backward(grad, *saved, rows, by_x, by, *rooms.into, adds=rooms.adds)
+        return by_x, by, put(w1), put(w2), None, None, None
     by_x, by_weights, by_w1, by_w2 = torch.ops.ptm.moe_mlp_backward(
         grad, x, weights, w1, w2, order, starts, hidden, by_experts
     )

@@ -254,7 +254,7 @@ class _Pipeline(torch.autograd.Function):
         homes = []
         for c, (piece, grad_QD) in enumerate(_arrivals(grad_SD, ctx.wire, ctx.pieces)):
             mine, of_piece = piece.experts, Kept(*kept[4 * c : 4 * c + 4])
-            part = tuple(by_w[mine] for by_w in into)
+            part = into[0][mine], into[1][mine]
             grad_x = backward_rows(grad_QD, w1[mine], w2[mine], of_piece, into=part, adds=adds)
             homes.append(ctx.wire.home(grad_x, piece))
         by_w = into if rooms is None else (put(w1), put(w2))
