@@ -10,6 +10,7 @@ are one more tensor, which generate and eval know of; the others refuse it (`ope
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def open_adapter(folder: Path, found: Manifest, base: Opened) -> Opened:
     own = {name: shape for name, shape in shapes.items() if name not in weights}
     changes = stored_weights(folder, found, own)
     check_shapes(changes, own, folder)
-    merged = MergedSource(base.weights, changes, made, config)
+    merged = MergedSource(base, changes, made, config)
     return base._replace(
         model=model,
         weights=merged,
@@ -74,10 +75,11 @@ class MergedSource:
     """A base's tensors with low-rank changes; buffers and soft tokens are the checkpoint's own."""
 
     def __init__(
-        self, base: TensorSource, changes: TensorSource, made: Transformer, config: AdapterConfig
+        self, base: Opened, changes: TensorSource, made: Transformer, config: AdapterConfig
     ) -> None:
         """made: on meta, with the changes' parameters (`add_adapter`)."""
-        self._base, self._changes = base, changes
+        self.base_folder, self.config = base.folder, config
+        self._base, self._changes = base.weights, changes
         self._own = {name for name in changes.names() if PREFIX not in name}
         self._scale = config.alpha / config.rank
         self._head_dim = made.config.head_dim
@@ -94,18 +96,25 @@ class MergedSource:
     def info(self, name: str) -> TensorInfo:
         return (self._changes if name in self._own else self._base).info(name)
 
+    def changes_of(
+        self, name: str, start: int = 0, stop: int | None = None
+    ) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """(role, A, B) of each change of a tensor; of stacked ones those of start..stop."""
+        for role, *names in self._roles.get(name, ()):
+            a, b = (self._changes.read(change, start, stop) for change in names)
+            yield role, a, b
+
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         if name in self._own:
             return self._changes.read(name, start, stop)
-        roles = self._roles.get(name, ())
         is_stack = len(self._base.info(name).shape) == 3  # experts: a row is one expert's matrix
-        if is_stack or not roles:
+        if is_stack or name not in self._roles:
             weight, rows = self._base.read(name, start, stop), (start, stop)
         else:
             weight, rows = self._base.read(name), (0, None)
         merged = weight.float()
-        for role, *names in roles:
-            a, b = (self._changes.read(change, *rows).float() for change in names)
+        for role, a, b in self.changes_of(name, *rows):
+            a, b = a.float(), b.float()
             merged = changed(merged, a, b, role=role, scale=self._scale, head_dim=self._head_dim)
         merged = merged.to(weight.dtype)
-        return merged if is_stack or not roles else merged[start:stop].clone()
+        return merged if is_stack or name not in self._roles else merged[start:stop].clone()

@@ -55,7 +55,9 @@ def open_model(folder: Path, *, may_have_soft: bool = False) -> Opened:
     opened = open_adapter(found.folder, found.manifest, base)
     if opened.num_soft and not may_have_soft:
         rule = f"is {opened.num_soft} soft tokens beside its base, and no weight can take them up"
-        raise CheckpointError(line("folder", folder, rule, f"name the base, {base.folder}"))
+        raise CheckpointError(
+            line("folder", folder, rule, f"name the base, {base.folder}, or convert to=peft")
+        )
     return opened._replace(notes=notes + base.notes)
 
 

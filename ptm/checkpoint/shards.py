@@ -86,10 +86,10 @@ def write_shards(
             for name in writer.names:
                 digest = xxhash.xxh3_128()
                 for piece in stream(source, tensors[name]):
-                    cast = _cast(name, piece, kinds[name])
-                    writer.write(name, cast)
-                    digest.update(as_bytes(cast))
-                    done_bytes += cast.numel() * cast.dtype.itemsize
+                    made = cast(name, piece, kinds[name])
+                    writer.write(name, made)
+                    digest.update(as_bytes(made))
+                    done_bytes += made.numel() * made.dtype.itemsize
                     on_piece(done_bytes, all_bytes)
                 digests[file][name] = digest.hexdigest()
     return digests
@@ -113,11 +113,12 @@ def plan_files(sizes: Mapping[str, int], shard_bytes: int) -> dict[str, list[str
     }
 
 
-def _cast(name: str, piece: Tensor, dtype: torch.dtype) -> Tensor:
+def cast(name: str, piece: Tensor, dtype: torch.dtype) -> Tensor:
+    """`piece` in `dtype`. Raises CheckpointError where a finite number would become infinite."""
     if piece.dtype == dtype:
         return piece
-    cast = piece.to(dtype)
-    if not bool(cast.isfinite().all()) and bool(piece.isfinite().all()):
+    made = piece.to(dtype)
+    if not bool(made.isfinite().all()) and bool(piece.isfinite().all()):
         raise CheckpointError(
             line(
                 "dtype",
@@ -126,4 +127,4 @@ def _cast(name: str, piece: Tensor, dtype: torch.dtype) -> Tensor:
                 "use bf16",
             )
         )
-    return cast
+    return made

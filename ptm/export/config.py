@@ -15,6 +15,7 @@ class Target(Choice):
 
     ptm = "ptm"
     hf = "hf"
+    peft = "peft"
 
 
 class Stored(Choice):
@@ -32,7 +33,8 @@ class ConvertConfig:
     out: str
     "Folder to write; it must be new or empty."
     to: Target = Target.ptm
-    "What to write: ptm (a checkpoint, for training and ptm's verbs) or hf (a published folder)."
+    """What to write: ptm (a checkpoint, for training and ptm's verbs), hf (a published folder), or
+    peft (of an adapter run the adapter alone, which the others merge with its base)."""
     layout: Layout | None = None
     "Names in a published folder: hf, hf2, or null for those of the folder it came from, else hf."
     dtype: Stored | None = None

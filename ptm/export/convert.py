@@ -29,6 +29,7 @@ from rich.progress import (
 from ptm.checkpoint.hf import Opened, left_behind, write_hf
 from ptm.checkpoint.manifest import write_file
 from ptm.checkpoint.open_model import open_model
+from ptm.checkpoint.peft import write_peft
 from ptm.checkpoint.shards import new_folder
 from ptm.checkpoint.weights import write_checkpoint
 from ptm.data.tokenizer import load_tokenizer
@@ -49,7 +50,9 @@ def convert(config: ConvertConfig) -> None:
     console = Console(highlight=False)
     source, out = Path(config.source), Path(config.out)
     dtype = _DTYPES[config.dtype] if config.dtype is not None else None
-    opened = open_model(source)
+    opened = open_model(source, may_have_soft=config.to is Target.peft)
+    layout = config.layout or (opened.origin.layout if opened.origin else Layout.hf)
+    count = num_parameters(opened.model)
     columns = BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn()
     text = TextColumn("{task.description}", markup=False)
     with (
@@ -61,7 +64,9 @@ def convert(config: ConvertConfig) -> None:
         def show(done_bytes: int, all_bytes: int) -> None:
             progress.update(task, completed=done_bytes, total=all_bytes)
 
-        if config.to is Target.ptm:
+        if config.to is Target.peft:
+            count = write_peft(folder, opened, layout=layout, dtype=dtype)
+        elif config.to is Target.ptm:
             write_checkpoint(
                 folder, opened, dtype=dtype, shard_bytes=config.shard_bytes, on_piece=show
             )
@@ -70,7 +75,7 @@ def convert(config: ConvertConfig) -> None:
             write_hf(
                 folder,
                 opened,
-                layout=config.layout or (opened.origin.layout if opened.origin else Layout.hf),
+                layout=layout,
                 dtype=dtype,
                 shard_bytes=config.shard_bytes,
                 ids=ids,
@@ -83,7 +88,6 @@ def convert(config: ConvertConfig) -> None:
         notes.append("left out, as the published format has no place for it: the router's bias")
     for note in notes:
         console.print(f"note: {note}", markup=False, soft_wrap=True)
-    count = num_parameters(opened.model)
     console.print(f"{out}: {count:,} parameters as {config.to}", markup=False, soft_wrap=True)
 
 

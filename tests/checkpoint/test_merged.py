@@ -9,54 +9,25 @@ from pathlib import Path
 import pytest
 import torch
 
-from ptm.checkpoint.config import CheckpointConfig
 from ptm.checkpoint.load_model import load_model
 from ptm.checkpoint.merged import adapter_to_json
 from ptm.checkpoint.open_model import base_of, open_base, open_model
-from ptm.checkpoint.save import Saver
-from ptm.checkpoint.weights import model_to_json
 from ptm.common.errors import CheckpointError
-from ptm.engine.state import stored_shape
 from ptm.export.config import ExportConfig
 from ptm.export.convert import ConvertConfig, Target, convert
-from ptm.model.adapter import SOFT_TOKENS, add_adapter
-from ptm.model.lora import PREFIX, add_lora, use_lora
+from ptm.model.lora import add_lora
 from ptm.model.lora_config import ROLES, AdapterConfig, AdapterKind
-from ptm.model.transformer import Transformer
 from ptm.verbs_export import export
+from tests.support.adapters import Tuned, save, tune
 from tests.support.tiny import tiny_model
 
 LORA = AdapterConfig(kind=AdapterKind.lora, targets=ROLES, rank=3, alpha=6.0)
 IDS = torch.arange(24).view(2, 12)
 
 
-def save(run: Path, model: Transformer, step: int, **meta) -> None:
-    state = {
-        f"model.{name}": tensor.detach().view(stored_shape(tuple(tensor.shape)))
-        for name, tensor in model.state_dict().items()
-        if not meta or PREFIX in name
-    }
-    saver = Saver(run / "checkpoints", CheckpointConfig(background=False), run_id=run.name)
-    meta = {"model": model_to_json(model.config), **meta}
-    saver.save(state | {"optim.exp_avg.x": torch.ones(3)}, step=step, meta=meta, block=True)
-    saver.close()
-
-
 @pytest.fixture
-def runs(tmp_path: Path) -> tuple[Path, Path, Transformer]:
-    """A base's run, a run of changes, and the model in use there."""
-    base, tuned = tmp_path / "base", tmp_path / "tuned"
-    model = tiny_model()
-    save(base, model, 1)
-    add_lora(model, LORA)
-    generator = torch.Generator().manual_seed(3)
-    for name, parameter in model.named_parameters():
-        if PREFIX in name:
-            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
-    pinned = base_of(base)._asdict()
-    save(tuned, model, 1, adapter=adapter_to_json(LORA), base=pinned)
-    use_lora(model, LORA)
-    return base, tuned, model
+def runs(tmp_path: Path) -> Tuned:
+    return tune(tmp_path, LORA)
 
 
 @torch.no_grad()
@@ -65,23 +36,15 @@ def test_it_opens_as_the_model_in_use_and_converts(runs, tmp_path: Path) -> None
     wanted = model(IDS)
     assert not torch.equal(load_model(base)(IDS), wanted)
     assert torch.equal(load_model(tuned)(IDS), wanted)
-    for target in Target:
+    for target in (Target.ptm, Target.hf):
         convert(ConvertConfig(source=str(tuned), out=str(tmp_path / target), to=target))
         assert torch.equal(load_model(tmp_path / target, rope="fp32")(IDS), wanted)
 
 
 @torch.no_grad()
-def test_soft_tokens_open_beside_their_base_and_nothing_takes_them_up(runs, tmp_path: Path) -> None:
-    base, _, _ = runs
-    model, soft = tiny_model(), tmp_path / "soft"
+def test_soft_tokens_open_beside_their_base_and_nothing_takes_them_up(tmp_path: Path) -> None:
     prompt = AdapterConfig(kind=AdapterKind.prompt, prompt_tokens=3)
-    add_adapter(model, prompt)
-    values = model.get_parameter(SOFT_TOKENS).normal_()
-    state = {f"model.{SOFT_TOKENS}": values.detach()}
-    meta = {"model": model_to_json(model.config), "adapter": adapter_to_json(prompt)}
-    saver = Saver(soft / "checkpoints", CheckpointConfig(background=False), run_id="soft")
-    saver.save(state, step=1, meta=meta | {"base": base_of(base)._asdict()}, block=True)
-    saver.close()
+    base, soft, model = tune(tmp_path, prompt)
     opened = load_model(soft)
     assert opened.soft_ids == [-1, -2, -3]
     ids = torch.cat([torch.tensor(2 * [opened.soft_ids]), IDS], dim=1)

@@ -1,16 +1,14 @@
 """Soft tokens against PEFT's prompt tuning of the same model."""
 
-from types import SimpleNamespace
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ptm.data.pack import Batch, with_soft
 from ptm.model.adapter import add_adapter
 from ptm.model.lora_config import AdapterConfig, AdapterKind
 from ptm.model.transformer import Transformer
+from tests.support.adapters import AsPublished
 from tests.support.tiny import documents, packed, tiny_model
 
 pytestmark = pytest.mark.slow  # importing peft takes ten seconds
@@ -27,47 +25,6 @@ def with_values() -> Transformer:
     return model
 
 
-class Given(nn.Embedding):
-    """An embedding that can be told its result."""
-
-    given: Tensor | None = None
-
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input) if self.given is None else self.given
-
-
-class AsPublished(nn.Module):
-    """M32 as PEFT asks for it: by ids or by embeddings, with a config of transformers."""
-
-    def __init__(self, transformers: Any) -> None:
-        super().__init__()
-        self.inner = tiny_model()
-        sizes = self.inner.config
-        embedding = Given(sizes.vocab_size, sizes.hidden_size)
-        embedding.weight.data = self.inner.model.embed_tokens.weight.data.clone()
-        self.inner.model.embed_tokens = embedding  # type: ignore[assignment]
-        self.device = torch.device("cpu")
-        self.config = transformers.PretrainedConfig(
-            hidden_size=sizes.hidden_size,
-            num_hidden_layers=sizes.num_hidden_layers,
-            num_attention_heads=sizes.num_attention_heads,
-            vocab_size=sizes.vocab_size,
-        )
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.inner.model.embed_tokens
-
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
-        raise AssertionError("nobody generates here")
-
-    def forward(self, inputs_embeds: Tensor, **_: Any) -> SimpleNamespace:
-        embedding = self.inner.model.embed_tokens
-        embedding.given = inputs_embeds  # type: ignore[assignment]
-        logits = self.inner(torch.zeros(inputs_embeds.shape[:2], dtype=torch.int64))
-        embedding.given = None  # type: ignore[assignment]
-        return SimpleNamespace(logits=logits)
-
-
 def test_logits_loss_and_gradient_are_those_of_peft():
     peft = pytest.importorskip("peft", reason="peft is not installed (extra `peers`)")
     transformers = pytest.importorskip("transformers")
@@ -75,7 +32,7 @@ def test_logits_loss_and_gradient_are_those_of_peft():
     config = peft.PromptTuningConfig(
         task_type="CAUSAL_LM", num_virtual_tokens=COUNT, prompt_tuning_init="RANDOM"
     )
-    theirs = peft.get_peft_model(AsPublished(transformers), config)
+    theirs = peft.get_peft_model(AsPublished(tiny_model(), transformers), config)
     soft = ours.get_parameter("model.embed_tokens.soft_tokens")
     (trained,) = (p for p in theirs.parameters() if p.requires_grad)
     assert trained.shape == soft.shape
