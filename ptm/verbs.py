@@ -31,9 +31,10 @@ from ptm.engine.config import PolicyKind
 from ptm.engine.terms import Terms
 from ptm.engine.trace import Trace
 from ptm.eval.perplexity import held_out
+from ptm.export import allocate
 from ptm.export.config import ExportConfig
 from ptm.export.m32 import linears_of
-from ptm.export.quantize import check_sizes
+from ptm.export.quantize import BF16, check_sizes, grid_of
 from ptm.export.size import kinds_of
 from ptm.jobs import (
     BenchJob,
@@ -112,16 +113,25 @@ def plan(job: PlanJob | PlanExportJob) -> None:
 
 
 def show_export(job: PlanExportJob) -> None:
-    """Print the bytes of an export by kind of tensor, beside those in 16 bits."""
+    """Print the bytes of an export by kind of tensor, beside those in 16 bits; with a size, those
+    bits of each linear that are likely to cost least there."""
     model = load_recipe([f"recipe={job.recipe}", f"model.scale={job.scale}"]).model
-    is_16 = job.bits == 16
+    is_16 = job.bits == str(BF16) and job.size is None
     given = ExportConfig(
-        run="", format=job.format, bits=None if is_16 else str(job.bits), group=job.group,
+        run="", format=job.format, bits=None if is_16 else job.bits, size=job.size, group=job.group,
         layers=job.layers,
     )  # fmt: skip
-    check_sizes(linears_of(model, job.layers), given)
-    found = kinds_of(model, given, is_16_bits=is_16)
-    shown = Table(title=f"{job.recipe}, scale {job.scale}: {job.format}, {job.bits} bits")
+    linears = linears_of(model, job.layers)
+    check_sizes(linears, given)
+    bits = dict.fromkeys(linears, BF16) if is_16 else None
+    if job.size is not None:
+        grids = {b: grid_of(given, bits=b) for b in (4, 8)}
+        whole = sum(kind.num_bytes for kind in kinds_of(model, given, dict.fromkeys(linears, BF16)))
+        rest = whole - sum(2 * outputs * inputs for outputs, inputs in linears.values())
+        bits = allocate.fit(job.size, rest, allocate.prior(linears, grids, job.format))
+    found = kinds_of(model, given, bits)
+    of_each = "4, 8 or 16" if job.size else BF16 if is_16 else given.width
+    shown = Table(title=f"{job.recipe}, scale {job.scale}: {job.format}, {of_each} bits")
     for head in ("kind", "tensors", "parameters", "bits", "size"):
         shown.add_column(head, justify="left" if head == "kind" else "right")
     for kind in found:
@@ -135,6 +145,9 @@ def show_export(job: PlanExportJob) -> None:
     console = Console(highlight=False)
     console.print(shown)
     console.print(f"{total / (2 * numel):.1%} of 16 bits, {format_bytes(2 * numel)}")
+    if job.size is not None:
+        note = "bits here go by kind of linear alone; ptm export measures each and chooses by that"
+        console.print(note, soft_wrap=True)
 
 
 def _traced(run: Path) -> tuple[Trace, Terms]:

@@ -18,7 +18,7 @@ from ptm.checkpoint.untrusted import read_json
 from ptm.common import env
 from ptm.common.agent import stop_with_agent
 from ptm.common.errors import CheckpointError, PtmError, RecipeError, StorageError, line
-from ptm.common.units import format_bytes, parse_bytes
+from ptm.common.units import format_bytes
 from ptm.data.config import DataConfig
 from ptm.data.corpus import open_corpus
 from ptm.data.loader import Rows
@@ -93,7 +93,6 @@ def _chosen_bits(job: ExportConfig, walk: Walk, folder: Path, console: Console) 
     linears = walk.linears(job.layers)
     every = {name: math.prod(walk.shape(name)) for name in walk.names()}
     rest = 2 * sum(n for name, n in every.items() if name.removesuffix(".weight") not in linears)
-    budget = parse_bytes(job.size, key="size") - rest
     ids, documents = _calibration_rows(job, folder, walk)(SENSITIVITY_ROWS)
     model = module_of(walk.opened, job.run, dtype=torch.bfloat16)
     grids = {b: quantize.grid_of(job, walk.scale_dtype, b) for b in (4, 8)}
@@ -104,13 +103,9 @@ def _chosen_bits(job: ExportConfig, walk: Walk, folder: Path, console: Console) 
             progress.update(task, advance=1, description=name.removeprefix("model."))
 
         costs = allocate.measure(model, linears, grids, job.format, ids, documents, advance)
-    try:
-        bits = allocate.choose_bits(costs, budget)
-    except ValueError as error:
-        least = format_bytes(rest + sum(min(c.size.values()) for c in costs.values()))
-        rule = f"at 4 bits all weights are {least}"
-        raise RecipeError(line("size", job.size, rule, "give more")) from error
-    shown = Table(title=f"bits by kind of linear, {format_bytes(budget + rest)} in all")
+    bits = allocate.fit(job.size, rest, costs)
+    used = rest + sum(costs[name].size[b] for name, b in bits.items())
+    shown = Table(title=f"bits by kind of linear, {format_bytes(used)} in all")
     for head in ("kind", "4 bits", "8", "16", "KL of all at 4", "as chosen"):
         shown.add_column(head, justify="left" if head == "kind" else "right")
     kinds: dict[str, list[str]] = {}

@@ -1,4 +1,4 @@
-"""Bits for each linear under a size: what a bit less costs, measured, and where it costs least.
+"""Bits for each linear under a size: what a bit less costs, and where it costs least.
 
     1 every (layer, kind of linear) alone is rounded to 4 and to 8 bits in a model in memory; its
       cost is the KL divergence of the predictions on a few rows from those of the model as it is
@@ -8,18 +8,22 @@
       the size is reached
 
 Costs are added up as if each were alone, which is nearly so while they are small. The model, in
-bf16, must fit in memory for it.
+bf16, must fit in memory for it. A plan has no weights: in place of 1 and 2 it has what another
+model was found to lose by kind of linear (`prior`).
 """
 
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ptm.common.errors import RecipeError, line
+from ptm.common.units import format_bytes, parse_bytes
 from ptm.export.card import kind_of
 from ptm.export.config import ExportFormat
 from ptm.export.quantize import BF16
@@ -34,6 +38,46 @@ class Cost(NamedTuple):
 
     kl: Mapping[int, float]
     size: Mapping[int, int]
+
+
+PRIOR: Mapping[str, Mapping[int, float]] = {
+    "q_proj": {4: 3.2e-3, 8: 4.3e-4},
+    "k_proj": {4: 3.5e-3, 8: 4.9e-4},
+    "v_proj": {4: 3.0e-3, 8: 4.1e-4},
+    "o_proj": {4: 3.4e-3, 8: 3.4e-4},
+    "gate.query": {4: 6.2e-3, 8: 6.0e-4},
+    "gate.key": {4: 3.6e-3, 8: 5.2e-4},
+    "gate.value": {4: 2.9e-3, 8: 3.0e-4},
+    "experts.w1": {4: 8.6e-4, 8: 9.6e-5},
+    "experts.w2": {4: 9.2e-4, 8: 1.6e-4},
+}
+"""KL of all linears of a kind in a layer, as `measure` found it on mini (docs/numbers.md)."""
+
+
+def prior(
+    linears: Mapping[str, tuple[int, int]], grids: Mapping[int, Grid], format: ExportFormat
+) -> dict[str, Cost]:
+    """Costs without a model: PRIOR, whatever the layer, shared alike by its experts."""
+    experts = Counter(_group(name) for name in linears)
+    found = {}
+    for name, shape in linears.items():
+        whole = PRIOR[kind_of(name)]
+        kl = {bits: whole[bits] / experts[_group(name)] for bits in grids}
+        found[name] = Cost({**kl, BF16: 0.0}, _sizes(shape, grids, format))
+    return found
+
+
+def fit(size: str, rest: int, costs: Mapping[str, Cost]) -> dict[str, int]:
+    """Bits of each linear for all weights in `size`, of which `rest` bytes are not linears'.
+
+    Raises RecipeError where the size is less than all at the fewest bits, or more than in 16.
+    """
+    least, most = (rest + sum(pick(c.size.values()) for c in costs.values()) for pick in (min, max))
+    wanted = parse_bytes(size, key="size")
+    if not least <= wanted <= most:
+        all_at = f"{format_bytes(least)} (all at 4 bits) to {format_bytes(most)} (all at 16)"
+        raise RecipeError(line("size", size, f"this model takes {all_at}", "give a size between"))
+    return choose_bits(costs, wanted - rest)
 
 
 def choose_bits(costs: Mapping[str, Cost], budget: int) -> dict[str, int]:
@@ -84,8 +128,7 @@ def measure(
     """
     groups: dict[str, list[str]] = {}
     for name in linears:
-        layer = name.split(".")[2]
-        groups.setdefault(f"{layer}.{kind_of(name)}", []).append(name)
+        groups.setdefault(_group(name), []).append(name)
     model.train()
     base = _log_p(model, ids_BL, documents_BL)
     tokens_LE = model.take_expert_counts()
@@ -110,11 +153,20 @@ def measure(
             advance(f"sensitivity of {names[0]}")
         for name in names:
             kl = {bits: whole[bits] * shares[bits][name] for bits in grids}
-            outputs, inputs = linears[name]
-            size = {b: stored_bytes(outputs, inputs, g, format) for b, g in grids.items()}
-            size[BF16] = 2 * outputs * inputs
-            found[name] = Cost({**kl, BF16: 0.0}, size)
+            found[name] = Cost({**kl, BF16: 0.0}, _sizes(linears[name], grids, format))
     return found
+
+
+def _group(name: str) -> str:
+    """A layer's linears of one kind."""
+    return f"{name.split('.')[2]}.{kind_of(name)}"
+
+
+def _sizes(
+    shape: tuple[int, int], grids: Mapping[int, Grid], format: ExportFormat
+) -> dict[int, int]:
+    size = {bits: stored_bytes(*shape, grid, format) for bits, grid in grids.items()}
+    return {**size, BF16: 2 * shape[0] * shape[1]}
 
 
 def _log_p(model: Transformer, ids_BL: Tensor, documents_BL: Tensor) -> Tensor:

@@ -7,12 +7,13 @@ ptm/quant/pack.py stores them; compared with files in tests/export/test_size.py.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from ptm.export.card import kind_of
 from ptm.export.config import ExportConfig, ExportFormat
 from ptm.export.m32 import linears_of
-from ptm.export.quantize import grid_of
+from ptm.export.quantize import BF16, grid_of
 from ptm.model.config import ModelConfig
 from ptm.model.hf_names import Layout, published
 from ptm.quant.grid import Grid
@@ -44,14 +45,19 @@ def stored_bytes(N: int, K: int, grid: Grid, format: ExportFormat) -> int:
     return 4 * (K // per_word) * N + 4 * G * (N // per_word) + scales + 4 * K
 
 
-def kinds_of(model: ModelConfig, config: ExportConfig, *, is_16_bits: bool = False) -> list[Kind]:
-    """The tensors of an export in the order of the model, those of a kind added up."""
-    grid, chosen = grid_of(config), linears_of(model, config.layers)
+def kinds_of(
+    model: ModelConfig, config: ExportConfig, bits_of: Mapping[str, int] | None = None
+) -> list[Kind]:
+    """The tensors of an export in the order of the model, those of a kind and of as many bits added
+    up. bits_of: each linear, 16 where it stays; None: those of the config."""
+    chosen = linears_of(model, config.layers)
     found: dict[tuple[str, int], Kind] = {}
     for name, rows in published(model, Layout.hf, tied_copy=False).items():
         module, numel = name.removesuffix(".weight"), math.prod(rows.shape)
-        bits, size = 16, BYTES_16 * numel
-        if module in chosen and not is_16_bits:
+        bits, size = BF16, BYTES_16 * numel
+        wanted = None if bits_of is None else bits_of.get(module)
+        if module in chosen and wanted != BF16:
+            grid = grid_of(config, bits=wanted)
             bits, size = grid.bits, stored_bytes(*chosen[module], grid, config.format)
         kind = _kind(module)
         before = found.get((kind, bits), Kind(kind, 0, 0, bits, 0))

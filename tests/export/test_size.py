@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
-from ptm.export.config import ExportConfig, ExportFormat
-from ptm.export.quantize import format_of, grid_of
+from ptm.checkpoint.hf import Opened
+from ptm.common.errors import RecipeError
+from ptm.export.allocate import fit, prior
+from ptm.export.config import ExportConfig, ExportFormat, Method
+from ptm.export.m32 import M32, linears_of
+from ptm.export.quantize import export, format_of, grid_of
 from ptm.export.size import kinds_of, stored_bytes
 from ptm.jobs import PlanExportJob
+from ptm.model.transformer import Transformer
 from ptm.quant.config import Layers
 from ptm.quant.grid import round_to_nearest
 from ptm.quant.pack import to_tensors
 from ptm.recipe import load_recipe
 from ptm.verbs import show_export
+from tests.export.test_quantize import MODEL, Weights
 
 GIB = 2**30
 
@@ -42,12 +52,73 @@ def test_counts_what_is_stored(N: int, K: int, group: int, keys: dict) -> None:
 def test_m32_is_as_large_as_published(bits: int, published_gib: float) -> None:
     model = load_recipe(["recipe=m32", "model.scale=full"]).model
     config = ExportConfig(run="", bits=str(min(bits, 8)), layers=Layers.published)
-    kinds = kinds_of(model, config, is_16_bits=bits == 16)
+    is_plain = dict.fromkeys(linears_of(model, config.layers), 16) if bits == 16 else None
+    kinds = kinds_of(model, config, is_plain)
     assert sum(k.num_bytes for k in kinds) == pytest.approx(published_gib * GIB, rel=0.02)
     quantized = [k for k in kinds if k.bits < 16]
     if bits < 16:
         assert sum(k.tensors for k in quantized) == 1704
         assert sum(k.parameters for k in quantized) == pytest.approx(39.46e9, rel=1e-3)
+
+
+def planned(capsys: pytest.CaptureFixture, **keys: Any) -> dict[tuple[str, str], tuple[int, str]]:
+    """Of what is printed: (kind, bits) -> tensors and size."""
+    show_export(PlanExportJob(action="export", **keys))
+    rows = [row.split("│")[1:-1] for row in capsys.readouterr().out.splitlines() if "│" in row]
+    words = [[word.strip() for word in row] for row in rows]
+    return {(w[0], w[3]): (int(w[1].replace(",", "")), w[4]) for w in words}
+
+
+@pytest.mark.parametrize("gib", [20.1, 23.27, 40.0, 74.0])
+def test_a_plan_fits_its_size(capsys: pytest.CaptureFixture, gib: float) -> None:
+    given = {"bits": "auto"} if gib < 30 else {}
+    found = planned(capsys, size=f"{gib}GB", **given)
+    number, unit = next(size for (kind, _), (_, size) in found.items() if kind == "all").split()
+    assert unit == "GiB" and gib - 0.05 <= float(number) <= gib  # an expert more
+    experts = {bits: count for (kind, bits), (count, _) in found.items() if kind == "experts.w2"}
+    assert sum(experts.values()) == 768
+    if gib == 23.27:  # what every token goes through first, experts with what is left
+        assert ("q_proj", "4") not in found and ("gate.query", "4") not in found
+        assert experts.keys() | {b for k, b in found if k == "experts.w1"} >= {"4", "8"}
+
+
+@pytest.mark.parametrize("size", ["20GB", "90GB"])
+def test_sizes_that_cannot_be_are_told_which_can(size: str) -> None:
+    rule = rf"size={size}: .*20\.02 GiB \(all at 4 bits\) to 74\.40 GiB \(all at 16\); give"
+    with pytest.raises(RecipeError, match=rule):
+        show_export(PlanExportJob(action="export", size=size))
+    with pytest.raises(RecipeError, match="bits=16: format=gptq has 4 or 8, or auto"):
+        show_export(PlanExportJob(action="export", size="30GB", bits="16"))
+
+
+@pytest.mark.parametrize("part", [0.0, 0.3, 0.8, 1.0])
+@pytest.mark.parametrize("format", [ExportFormat.gptq, ExportFormat.compressed_tensors])
+def test_a_planned_export_has_the_planned_size(
+    tmp_path: Path, part: float, format: ExportFormat
+) -> None:
+    config = ExportConfig(
+        run="", out=str(tmp_path / "out"), group=32, format=format, method=Method.nearest,
+        layers=Layers.published if format is not ExportFormat.gptq else Layers.default,
+    )  # fmt: skip
+    linears = linears_of(MODEL, config.layers)
+    costs = prior(linears, {b: grid_of(config, bits=b) for b in (4, 8)}, format)
+    ends = [
+        sum(k.num_bytes for k in kinds_of(MODEL, config, dict.fromkeys(linears, bits)))
+        for bits in (4, 16)
+    ]
+    rest = ends[1] - sum(c.size[16] for c in costs.values())
+    size = int(ends[0] + part * (ends[1] - ends[0]))
+    bits = fit(str(size), rest, costs)
+    kinds = kinds_of(MODEL, config, bits)
+    model = Transformer(MODEL)
+    model.init_weights(seed=3)
+    walk = M32(Opened(MODEL, Weights(model), None, Path("none"), (), Path("none")))
+    out, _ = export(config, walk, None, lambda name: None, bits)
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(kind.num_bytes for kind in kinds)
+    assert size - 2 * 64 * 128 <= sum(kind.num_bytes for kind in kinds) <= size
+    if part in (0.0, 1.0):
+        assert set(bits.values()) == {4 if not part else 16}
 
 
 def test_prints_by_kind(capsys: pytest.CaptureFixture) -> None:
