@@ -70,13 +70,13 @@ def prior(
 def fit(size: str, rest: int, costs: Mapping[str, Cost]) -> dict[str, int]:
     """Bits of each linear for all weights in `size`, of which `rest` bytes are not linears'.
 
-    Raises RecipeError where the size is less than all at the fewest bits, or more than in 16.
+    Raises RecipeError where the size is less than all at the fewest bits, or leaves all at 16.
     """
     least, most = (rest + sum(pick(c.size.values()) for c in costs.values()) for pick in (min, max))
     wanted = parse_bytes(size, key="size")
-    if not least <= wanted <= most:
-        all_at = f"{format_bytes(least)} (all at 4 bits) to {format_bytes(most)} (all at 16)"
-        raise RecipeError(line("size", size, f"this model takes {all_at}", "give a size between"))
+    if not least <= wanted < most:
+        ends = f"{format_bytes(least)} (all at 4 bits) to {format_bytes(most)} (none quantized)"
+        raise RecipeError(line("size", size, f"this model takes {ends}", "give a size between"))
     return choose_bits(costs, wanted - rest)
 
 

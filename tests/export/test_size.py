@@ -84,14 +84,14 @@ def test_a_plan_fits_its_size(capsys: pytest.CaptureFixture, gib: float) -> None
 
 @pytest.mark.parametrize("size", ["20GB", "90GB"])
 def test_sizes_that_cannot_be_are_told_which_can(size: str) -> None:
-    rule = rf"size={size}: .*20\.02 GiB \(all at 4 bits\) to 74\.40 GiB \(all at 16\); give"
+    rule = rf"size={size}: .*20\.02 GiB \(all at 4 bits\) to 74\.40 GiB \(none quantized\); give"
     with pytest.raises(RecipeError, match=rule):
         show_export(PlanExportJob(action="export", size=size))
     with pytest.raises(RecipeError, match="bits=16: format=gptq has 4 or 8, or auto"):
         show_export(PlanExportJob(action="export", size="30GB", bits="16"))
 
 
-@pytest.mark.parametrize("part", [0.0, 0.3, 0.8, 1.0])
+@pytest.mark.parametrize("part", [0.0, 0.3, 0.8, 0.999])
 @pytest.mark.parametrize("format", [ExportFormat.gptq, ExportFormat.compressed_tensors])
 def test_a_planned_export_has_the_planned_size(
     tmp_path: Path, part: float, format: ExportFormat
@@ -117,8 +117,10 @@ def test_a_planned_export_has_the_planned_size(
     index = json.loads((out / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(kind.num_bytes for kind in kinds)
     assert size - 2 * 64 * 128 <= sum(kind.num_bytes for kind in kinds) <= size
-    if part in (0.0, 1.0):
-        assert set(bits.values()) == {4 if not part else 16}
+    if not part:
+        assert set(bits.values()) == {4}
+    with pytest.raises(RecipeError, match="none quantized"):
+        fit(str(ends[1]), rest, costs)
 
 
 def test_prints_by_kind(capsys: pytest.CaptureFixture) -> None:
