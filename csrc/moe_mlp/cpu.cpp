@@ -15,8 +15,7 @@
 //
 // So what an expert returned is never needed again, nor kept. Rows of a token are added up in the
 // order of its experts, each sum of a product goes over k in order: no result depends on threads.
-#include "product.h"
-#include "room.h"
+#include "../common/room.h"
 #include "swiglu.h"
 
 #include <atomic>
@@ -28,18 +27,6 @@ constexpr int64_t kRows = 512;        // rows of one expert at a time, forward
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-
-// A part of a parallel_for: tiles at its begin, and at its end what was streamed is in memory.
-struct Part {
-#if PTM_ISA_AMX
-  Tiles tiles;
-#endif
-  ~Part() {
-#if PTM_ISA_AVX2
-    _mm_sfence();
-#endif
-  }
-};
 
 struct Shape {
   int64_t T, A, D, F, E;

@@ -2,7 +2,8 @@
 // Each function has an AVX-512 form and one for vectors of any width.
 #pragma once
 
-#include "product.h"
+#include "../common/product.h"
+#include "../common/row32.h"
 
 namespace PTM_NAMESPACE {
 
@@ -25,79 +26,6 @@ PTM_INLINE __m512 widened(const bf16* p) {
 #else
 PTM_INLINE vf sigmoid(vf x) { return 1.0f / (1.0f + vexp(-x)); }
 #endif
-
-// 32 elements of a row
-#if PTM_ISA_AVX512
-typedef __m512i Row32;
-
-PTM_INLINE Row32 rounded(const float* first, const float* second) {
-  return (__m512i)_mm512_cvtne2ps_pbh(_mm512_load_ps(second), _mm512_load_ps(first));
-}
-PTM_INLINE void put(bf16* to, Row32 row) { _mm512_storeu_si512(to, row); }
-#elif PTM_ISA_AVX2
-struct Row32 {
-  __m256i x[2];
-};
-
-PTM_INLINE Row32 rounded(const float* first, const float* second) {
-  Row32 row;
-  for (int i = 0; i < 2; i++) {
-    const float* from = i ? second : first;
-    const __m256i low = (__m256i)(near(load(from)) >> 16);
-    const __m256i high = (__m256i)(near(load(from + 8)) >> 16);
-    row.x[i] = _mm256_permute4x64_epi64(_mm256_packus_epi32(low, high), 0xd8);
-  }
-  return row;
-}
-PTM_INLINE void put(bf16* to, const Row32& row) {
-  _mm256_storeu_si256((__m256i*)to, row.x[0]);
-  _mm256_storeu_si256((__m256i*)(to + 16), row.x[1]);
-}
-#else
-struct Row32 {
-  bf16 x[32];
-};
-
-inline Row32 rounded(const float* first, const float* second) {
-  Row32 row;
-  for (int i = 0; i < 16; i += W) {
-    store(row.x + i, load(first + i));
-    store(row.x + 16 + i, load(second + i));
-  }
-  return row;
-}
-inline void put(bf16* to, const Row32& row) { memcpy((void*)to, row.x, sizeof row.x); }
-#endif
-
-// The same past the caches, for whole lines that nobody reads soon: a store would fetch them first.
-inline void stream(bf16* to, const Row32& row) {
-#if PTM_ISA_AVX512
-  if ((uintptr_t(to) & 63) == 0) return _mm512_stream_si512((__m512i*)to, row);
-#elif PTM_ISA_AVX2
-  if ((uintptr_t(to) & 63) == 0) {
-    _mm256_stream_si256((__m256i*)to, row.x[0]);
-    return _mm256_stream_si256((__m256i*)(to + 16), row.x[1]);
-  }
-#endif
-  put(to, row);
-}
-
-// 16 floats, likewise
-inline void stream(float* to, const float* from) {
-#if PTM_ISA_AVX512
-  if ((uintptr_t(to) & 63) == 0) return _mm512_stream_ps(to, _mm512_load_ps(from));
-#elif PTM_ISA_AVX2
-  if ((uintptr_t(to) & 31) == 0) {
-    _mm256_stream_ps(to, _mm256_load_ps(from));
-    return _mm256_stream_ps(to + 8, _mm256_load_ps(from + 8));
-  }
-#endif
-  memcpy(to, from, 64);
-}
-
-inline void add(float* to, const float* from) {
-  for (int i = 0; i < 16; i += W) store(to + i, load(to + i) + load(from + i));
-}
 
 // 32 features x 16 rows (half q of the columns) of g and u -> 16 k pairs of a panel of silu(g) u
 inline void swiglu(const Block& g, const Block& u, int64_t q, uint32_t* to) {

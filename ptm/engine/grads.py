@@ -265,7 +265,7 @@ class Grads:
         with states.grads(write=True) as grads:
             for start, stop in states.ranges(first, middle, states.pages.grads, wide=True):
                 total = grads.field(torch.float32, 0, grads.move(start), stop - start)
-                _put(total, pieces_NS[0, start - first : stop - first], done.replaces)
+                _put(total, pieces_NS[:1, start - first : stop - first], done.replaces)
                 if done.is_last:  # pieces as on the host
                     norms = torch._foreach_norm(  # type: ignore[reportPrivateImportUsage]
                         total.split(CHUNK), 2, dtype=torch.float64
@@ -288,7 +288,7 @@ class Grads:
             for start, stop in states.ranges(part.start, last, states.pages.grads):
                 total = grads.field(torch.float32, 0, grads.move(start), stop - start)
                 pieces_NC = part.pieces_NS[:, start - part.start : stop - part.start]
-                _put(total, _sum(pieces_NC)[0], done.replaces)
+                _put(total, pieces_NC, done.replaces)
                 if done.is_last:
                     norm = torch.linalg.vector_norm(total, dtype=torch.float64)
                     done.unit.norms.append(norm[None])
@@ -344,8 +344,11 @@ def _sum(pieces_NC: Tensor) -> Tensor:
     return total_C[None]
 
 
-def _put(total_C: Tensor, sum_C: Tensor, replaces: bool) -> None:
+def _put(total_C: Tensor, pieces_NC: Tensor, replaces: bool) -> None:
+    """The sum of the ranks' pieces, in rank order, over what is there or added to it."""
     if replaces:
-        total_C.copy_(sum_C)
+        total_C.copy_(pieces_NC[0])
+        for piece_C in pieces_NC[1:]:
+            total_C += piece_C
     else:
-        total_C.add_(sum_C)
+        total_C += _sum(pieces_NC)[0]

@@ -97,7 +97,8 @@ def saved_by_layer(job: Job) -> int:
     # A product keeps its rows for the gradient of its weight only.
     pairs = 3 * D if _trains(job, "lfa") else 0  # of conv1 and of conv2
     filtered = D + D + pairs + D + D  # input, normed, sum, z
-    attention = 3 * P + (P if _trains(job, "o") else 0)  # queries, keys, values, result
+    keeps_result = _has_attention_kernel(job) or _trains(job, "o")
+    attention = 3 * P + (P if keeps_result else 0)  # queries, keys, values, result
     moe_input = D + (D if _trains(job, "experts") else 0)  # residual, normed
     rows = T * c * (filtered + attention + moe_input)
     taps = 2 * D * D * c  # both convolutions as matrices
@@ -137,14 +138,23 @@ def _changed_weights(job: Job) -> int:
 
 
 def _kept_scores(job: Job) -> int:
-    """Attention probabilities that the CPU kernel keeps of short rows, block by block."""
+    """Attention probabilities of short rows, block by block, on a CPU whose kernel does not serve;
+    of the kernel's a number for each row of scores."""
     L, block = job.seq_len, attention_kernel.BLOCK
+    if _has_attention_kernel(job):
+        return job.micro_rows * job.model.num_attention_heads * L * FP32
     if job.device != "cpu" or attention_kernel.KEPT_LENGTH < L:
         return 0
     scores = sum(
         (min(start + block, L) - start) * min(start + block, L) for start in range(0, L, block)
     )
     return job.micro_rows * job.model.num_attention_heads * scores * job.compute_bytes
+
+
+def _has_attention_kernel(job: Job) -> bool:
+    m = job.model
+    fits = attention_kernel.fits(torch.bfloat16, m.head_dim) and m.attention_dropout == 0.0
+    return job.device == "cpu" and job.compute_bytes == 2 and fits
 
 
 def _has_kernel(job: Job) -> bool:
@@ -178,16 +188,19 @@ def _experts_backward(job: Job) -> int:
     m, c, T = job.model, job.compute_bytes, job.micro_rows * job.seq_len
     D, E, F = m.hidden_size, m.num_experts // job.ep, m.moe_intermediate_size
     R = _rows(job)
-    weights, saved = 3 * E * F * D * c, saved_by_layer(job)
+    # The kernel puts gradients where they are summed, but those of weights that are computed.
+    in_place = _has_kernel(job) and not _is_frozen(job)
+    weights, saved = 0 if in_place else 3 * E * F * D * c, saved_by_layer(job)
+    widened = 0 if in_place else _widened(job, 2 * E * F * D)
     if _has_kernel(job) and job.ep == 1:
         tokens = 2 * T * D * c  # gradients of the block's rows and of the experts' input
         products = saved + tokens + R * D * c + weights
-        sums = saved - _expert_rows(job) + tokens + weights + _widened(job, 2 * E * F * D)
+        sums = saved - _expert_rows(job) + tokens + weights + widened
         return max(products, sums)
     rows = R * D * c + T * D * c
     rows += T * m.num_experts_per_tok * D * c if job.ep > 1 else 0  # on their way
     products = saved - R * D * c + rows + R * D * c + weights + 4 * R // E * F * c
-    sums = saved - _expert_rows(job) + rows + weights + _widened(job, 2 * E * F * D)
+    sums = saved - _expert_rows(job) + rows + weights + widened
     return max(products, sums)
 
 
@@ -200,6 +213,8 @@ def _attention_backward(job: Job) -> int:
     masks = min(attention_kernel.BLOCK, job.seq_len) * job.seq_len * (c + 1)
     held = (6 if kept else 10) if _is_widened(job) else (3 if kept else 5)
     blocks = held * block + masks if job.device == "cpu" else 0
+    if _has_attention_kernel(job):
+        blocks = T * P * c  # gradients of q and k before and after their rotation, and of v
     return T * c * (7 * D + 3 * P) + kept + 2 * D * D * c + T * c * (2 * D + 4 * P) + blocks
 
 

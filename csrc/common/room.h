@@ -2,7 +2,7 @@
 // time, and its page faults cost as much as the products.
 #pragma once
 
-#include "../common/ptm.h"
+#include "ptm.h"
 
 #include <stdlib.h>
 

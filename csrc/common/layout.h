@@ -11,7 +11,7 @@
 // Each has a form with AVX-512, most one with AVX2, and a plain one with the same result.
 #pragma once
 
-#include "../common/vec.h"
+#include "vec.h"
 
 namespace PTM_NAMESPACE {
 

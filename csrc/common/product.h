@@ -1,17 +1,29 @@
-// The product that everything here is made of: 32 rows of A times two panels of B, in fp32.
+// The product that moe_mlp and attention are made of: 32 rows of A times two panels of B, in fp32.
 //
 //   AMX        2 x 2 tiles: 4 of C stay in registers, each step of k loads 2 of A and 2 of B
 //   AVX-512    8 rows x 2 panels of C in registers, pairs of A broadcast (vdpbf16ps)
 //   else       rows in fp32, and a few of them at once x 16 columns, widened by shifts (multiply.h)
 #pragma once
 
-#include "../common/amx.h"
-#include "../common/multiply.h"
+#include "amx.h"
 #include "layout.h"
+#include "multiply.h"
 
 namespace PTM_NAMESPACE {
 
 constexpr int64_t kDeep = 512;  // k of a product at most: its rows and columns fit in L1
+
+// A part of a parallel_for: tiles at its begin, and at its end what was streamed is in memory.
+struct Part {
+#if PTM_ISA_AMX
+  Tiles tiles;
+#endif
+  ~Part() {
+#if PTM_ISA_AVX2
+    _mm_sfence();
+#endif
+  }
+};
 
 // C of a product: [half of A][half of B][row][column]
 struct alignas(64) Block {
