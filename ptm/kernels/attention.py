@@ -12,7 +12,7 @@ grows with L, not L^2. Scores are rounded to the input's type before the softmax
 runs in fp32: oneDNN has no product of bf16 matrices into fp32.
 
 Measured 2026-11, one core of a Xeon (Sapphire Rapids), bf16, B=4 H=4 L=512 K=128, forward and
-backward: 8 ms with AMX, 33 by blocks and for torch's kernel, each with AMX in oneDNN; without AMX 40
+backward: 8 ms with AMX, 33 by blocks and for torch's kernel, each with AMX in oneDNN; without it 40
 ms, 66 and 56.
 """
 
