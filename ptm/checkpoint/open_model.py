@@ -2,7 +2,8 @@
 
 A checkpoint has manifest.json and is verified, every byte of it, before a weight is used. A run has
 checkpoints/, of which the newest good one is taken. A published folder has config.json; it comes
-without hashes, so its names, shapes and sizes are all that can be checked.
+without hashes, so its names, shapes and sizes are all that can be checked. PEFT's files have
+adapter_config.json, and open as the model that they make of the base named there.
 
 A run that starts from a model pins it: a base that is a run may train on, a folder may be filled
 anew, and frozen weights, a reference and a teacher must stay what they were at the first step. A
@@ -16,10 +17,11 @@ from typing import NamedTuple
 
 import xxhash
 
-from ptm.checkpoint import hf_config, manifest
+from ptm.checkpoint import hf_config, manifest, peft
 from ptm.checkpoint.hf import Opened, open_hf
 from ptm.checkpoint.load import newest_good
 from ptm.checkpoint.merged import ADAPTER_KEY, BASE_KEY, open_adapter
+from ptm.checkpoint.peft_source import base_folder, open_peft
 from ptm.checkpoint.verify import verify
 from ptm.checkpoint.weights import open_checkpoint
 from ptm.common.errors import CheckpointError, line
@@ -37,6 +39,15 @@ class Base(NamedTuple):
 def open_model(folder: Path, *, may_have_soft: bool = False) -> Opened:
     """What a model folder holds, its weights unread. Raises CheckpointError; may_have_soft: also
     where soft tokens are among the weights, for whoever puts their ids into rows."""
+    opened = _open(folder)
+    if opened.num_soft and not may_have_soft:
+        rule = f"is {opened.num_soft} soft tokens beside its base, and no weight can take them up"
+        remedy = "name its base instead, or give convert to=peft"
+        raise CheckpointError(line("folder", folder, rule, remedy))
+    return opened
+
+
+def _open(folder: Path) -> Opened:
     if (folder / manifest.FILE).exists():
         found = verify(folder)
     elif (folder / "checkpoints").is_dir():
@@ -45,19 +56,16 @@ def open_model(folder: Path, *, may_have_soft: bool = False) -> Opened:
             raise CheckpointError(line("run", folder, "has no checkpoint yet", "let it save one"))
     elif (folder / hf_config.FILE).exists():
         return open_hf(folder)
+    elif (folder / peft.CONFIG).exists():
+        return open_peft(folder, open_model)
     else:
-        rule = "has no manifest.json, checkpoints or config.json"
+        rule = "has no manifest.json, checkpoints, config.json or adapter_config.json"
         raise CheckpointError(line("folder", folder, rule, "name a run, checkpoint or model"))
     notes = tuple(reason for _, reason in found.rejected)
     if ADAPTER_KEY not in found.manifest.meta:
         return open_checkpoint(found.folder, found.manifest)._replace(notes=notes)
     base = open_base(_base_from_json(found.manifest.meta.get(BASE_KEY)))
     opened = open_adapter(found.folder, found.manifest, base)
-    if opened.num_soft and not may_have_soft:
-        rule = f"is {opened.num_soft} soft tokens beside its base, and no weight can take them up"
-        raise CheckpointError(
-            line("folder", folder, rule, f"name the base, {base.folder}, or convert to=peft")
-        )
     return opened._replace(notes=notes + base.notes)
 
 
@@ -82,12 +90,16 @@ def open_base(base: Base) -> Opened:
 
 def digest_of(folder: Path) -> str:
     """A checkpoint is known by its manifest, which hashes every byte; a published folder by
-    config.json and the size, first and last MiB of each of its weight files."""
+    config.json and the size, first and last MiB of each of its weight files; PEFT's files so, and
+    by the base they name."""
     digest = xxhash.xxh3_128()
     if (folder / manifest.FILE).is_file():
         digest.update((folder / manifest.FILE).read_bytes())
         return digest.hexdigest()
-    for path in (folder / hf_config.FILE, *sorted(folder.glob("*.safetensors"))):
+    if (folder / peft.CONFIG).is_file():
+        digest.update(base_of(base_folder(folder)).digest.encode())
+    configs = folder / hf_config.FILE, folder / peft.CONFIG
+    for path in (*configs, *sorted(folder.glob("*.safetensors"))):
         if path.is_file():
             size = path.stat().st_size
             digest.update(f"{path.name} {size} ".encode())

@@ -36,7 +36,7 @@ from ptm.model.lora import changed
 from ptm.model.lora_config import AdapterKind
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model."
+BASE, PREFIX, PROMPT = "base_model_name_or_path", "base_model.model.", "prompt_embeddings"
 
 
 def write_peft(folder: Path, opened: Opened, *, layout: Layout, dtype: torch.dtype | None) -> int:
@@ -48,12 +48,12 @@ def write_peft(folder: Path, opened: Opened, *, layout: Layout, dtype: torch.dty
         raise CheckpointError(line("source", opened.folder, "holds no adapter", remedy))
     model, config = opened.model, adapter.config
     keys: dict[str, Any] = {
-        "base_model_name_or_path": str(adapter.base_folder),
+        BASE: str(adapter.base_folder.resolve()),
         "task_type": "CAUSAL_LM",
         "inference_mode": True,
     }
     if config.kind is AdapterKind.prompt:
-        tensors = {"prompt_embeddings": adapter.read(SOFT_TOKENS)}
+        tensors = {PROMPT: adapter.read(SOFT_TOKENS)}
         keys |= {
             "peft_type": "PROMPT_TUNING",
             "num_virtual_tokens": config.prompt_tokens,
@@ -69,7 +69,7 @@ def write_peft(folder: Path, opened: Opened, *, layout: Layout, dtype: torch.dty
             for module, pair in changes.items()
             for which, tensor in zip("AB", pair)
         }
-        ranks = {re.sub(r"\b\d+\b", r"\\d+", module): len(a) for module, (a, _) in changes.items()}
+        ranks = {any_number(module): len(a) for module, (a, _) in changes.items()}
         others = {module: rank for module, rank in ranks.items() if rank != config.rank}
         scale = config.alpha / config.rank
         keys |= {
@@ -88,6 +88,11 @@ def write_peft(folder: Path, opened: Opened, *, layout: Layout, dtype: torch.dty
             file.write(name, tensors[name])
     write_file(folder / CONFIG, (json.dumps(keys, indent=2) + "\n").encode())
     return sum(tensor.numel() for tensor in tensors.values())
+
+
+def any_number(module: str) -> str:
+    """A name as an expression for that of every layer and expert."""
+    return re.sub(r"\b\d+\b", r"\\d+", module)
 
 
 def peft_changes(

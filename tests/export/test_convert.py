@@ -261,7 +261,10 @@ def test_refuses_a_manifest_that_makes_no_sense(
 @pytest.mark.parametrize("name", ["nothing", "file"])
 def test_refuses_what_is_no_model(tmp_path: Path, name: str) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(CheckpointError, match="has no manifest.json, checkpoints or config.json"):
+    with pytest.raises(
+        CheckpointError,
+        match="has no manifest.json, checkpoints, config.json or adapter_config.json",
+    ):
         run(tmp_path / name, tmp_path / "out")
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(CheckpointError, match="has no checkpoint yet"):
