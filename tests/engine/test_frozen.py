@@ -5,10 +5,11 @@ import torch
 
 from ptm.data.pack import with_soft
 from ptm.engine.layout import Format, Named, PageMap, make_layout
-from ptm.mesh.mesh import open_mesh
 from ptm.model.adapter import SOFT_TOKENS
 from ptm.model.lora_config import AdapterConfig, AdapterKind
+from tests.support.mesh import mesh_of_test
 from tests.support.paged import batch, make_engine
+from tests.support.ranks import run_ranks
 
 FMT = Format(weight_bytes=2, is_split=True, is_int8=False)
 
@@ -28,11 +29,16 @@ def test_frozen_weights_have_pages_of_weights_only():
     assert everything.used_bytes > 4 * pages.used_bytes
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_soft_tokens_learn_and_no_byte_of_the_base_changes(dtype: torch.dtype):
-    mesh = open_mesh(60)
+@pytest.mark.parametrize("world, zero, dtype", [(1, 1, torch.float32), (2, 3, torch.bfloat16)])
+def test_soft_tokens_learn_and_no_byte_of_the_base_changes(
+    world: int, zero: int, dtype: torch.dtype
+) -> None:
+    run_ranks(world, learn, zero, dtype)
+
+
+def learn(rank: int, world: int, zero: int, dtype: torch.dtype) -> None:
     prompt = AdapterConfig(kind=AdapterKind.prompt, prompt_tokens=4)
-    engine = make_engine(mesh, dtype=dtype, adapter=prompt)
+    engine = make_engine(mesh_of_test(rank, world), zero=zero, dtype=dtype, adapter=prompt)
     model, rows = engine.model, with_soft(batch(0), 4)
 
     seen: dict[str, bytes] = {}
@@ -73,4 +79,3 @@ def test_soft_tokens_learn_and_no_byte_of_the_base_changes(dtype: torch.dtype):
     states = {"model.", "optim.exp_avg.", "optim.exp_avg_sq."}
     assert set(engine.state()) == {state + SOFT_TOKENS for state in states}
     engine.close()
-    mesh.close()
