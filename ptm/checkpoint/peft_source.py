@@ -34,16 +34,23 @@ from ptm.model.hf_names import Layout, Rows, imported, published
 from ptm.model.lora_config import AdapterConfig, AdapterKind
 from ptm.model.transformer import Transformer
 
-REFUSED = (
-    "use_dora",
-    "use_rslora",
-    "fan_in_fan_out",
-    "lora_bias",
-    "modules_to_save",
-    "target_parameters",
-    "trainable_token_indices",
-    "layer_replication",
+READ = frozenset(
+    (BASE, "peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "num_virtual_tokens")
 )
+NO_MATTER = frozenset(
+    (
+        "task_type", "auto_mapping", "peft_version", "revision", "inference_mode",
+        "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform",
+        "layers_pattern", "megatron_core", "qalora_group_size", "token_dim",
+        "num_transformer_submodules", "num_attention_heads", "num_layers",
+        "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path",
+        "tokenizer_kwargs",
+    )
+)  # fmt: skip
+"What is known by the tensors themselves, or is for training only."
+PLAIN = (("bias", "none"), ("init_lora_weights", True), ("init_lora_weights", "gaussian"))
+"Other beginnings change the base, and the files do not say how."
+PATTERN = r"(\w|\.|\\d\+)+"
 
 
 class Change(NamedTuple):
@@ -70,18 +77,19 @@ def open_peft(folder: Path, open_base: Callable[[Path], Opened]) -> Opened:
     base = open_base(base_folder(folder))
     source = FolderSource(folder, [WEIGHTS])
     kind, num_soft = keys.get("peft_type"), 0
+    for key, value in keys.items():
+        if value and key not in READ | NO_MATTER and (key, value) not in PLAIN:
+            raise _refuse(key, value, "is not read here", "merge it with PEFT")
     if kind == "PROMPT_TUNING":
-        shape = source.info(PROMPT).shape if PROMPT in source.names() else (1,)
-        check_shapes(source, {PROMPT: (shape[0], base.model.hidden_size)}, folder)
-        config = AdapterConfig(kind=AdapterKind.prompt, prompt_tokens=(num_soft := shape[0]))
+        count: Any = keys.get("num_virtual_tokens")
+        check_shapes(source, {PROMPT: (count, base.model.hidden_size)}, folder)
+        num_soft = source.info(PROMPT).shape[0]
+        config = AdapterConfig(kind=AdapterKind.prompt, prompt_tokens=num_soft)
         made = Transformer(base.model, device="meta")
         add_adapter(made, config)
         soft = RowsSource(source, {SOFT_TOKENS: all_rows(source, PROMPT)})
         weights: TensorSource = MergedSource(base, soft, made, config)
     elif kind == "LORA":
-        for key in REFUSED:
-            if keys.get(key):
-                raise _refuse(key, keys[key], "is not read here", "merge it with PEFT")
         weights = _lora(source, keys, base, folder)
     else:
         raise _refuse("peft_type", kind, "must be LORA or PROMPT_TUNING", "merge it with PEFT")
@@ -119,6 +127,8 @@ def _number(keys: Mapping[str, Any], key: str, pattern: str, module: str) -> flo
     if not isinstance(others, dict):
         raise _refuse(pattern, others, "must be an object", "get it again")
     for end, value in others.items():
+        if not re.fullmatch(PATTERN, end):
+            raise _refuse(pattern, end, "is an expression, and none is run", "write names in full")
         if any(f".{name}".endswith(f".{end}") for name in (module, any_number(module))):
             found = value
             break

@@ -141,7 +141,13 @@ def test_the_files_open_as_the_model_that_was_tuned(
 def test_soft_tokens_come_back(tmp_path: Path) -> None:
     prompt = AdapterConfig(kind=AdapterKind.prompt, prompt_tokens=5)
     _, tuned, model = tune(tmp_path, prompt)
-    opened = load_model(written(tuned, tmp_path / "adapter"))
+    file = written(tuned, tmp_path / "adapter") / "adapter_config.json"
+    keys = json.loads(file.read_text())
+    file.write_text(json.dumps(keys | {"num_virtual_tokens": 4}))
+    with pytest.raises(CheckpointError, match="tensor=prompt_embeddings: has shape .* needs"):
+        load_model(tmp_path / "adapter")
+    file.write_text(json.dumps(keys))
+    opened = load_model(tmp_path / "adapter")
     ids = torch.cat([torch.tensor(2 * [opened.soft_ids]), IDS], dim=1)
     assert len(opened.soft_ids) == 5 and torch.equal(opened(ids), model(ids))
     with pytest.raises(CheckpointError, match="5 soft tokens .* no weight can take them up"):
@@ -161,6 +167,9 @@ def test_soft_tokens_come_back(tmp_path: Path) -> None:
         ({"lora_alpha": float("nan")}, "lora_alpha|adapter_config.json"),
         ({"lora_alpha": [1]}, "lora_alpha=.*: must be a positive number"),
         ({"alpha_pattern": 3}, "alpha_pattern=3: must be an object"),
+        ({"alpha_pattern": {"(a+)+b": 3}}, "alpha_pattern=.*is an expression, and none is run"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights=pissa: is not read here"),
+        ({"of_tomorrow": [1]}, "of_tomorrow=.*: is not read here"),
     ],
 )
 def test_files_that_do_not_fit_are_one_line(
