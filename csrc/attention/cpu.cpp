@@ -1,4 +1,3 @@
-// isa: avx512 amx
 // Causal softmax attention, forward and backward, bf16, a head at a time in blocks of 32 queries by
 // 32 keys (FlashAttention-2, arXiv 2307.08691, without its running maximum: a row of scores of one
 // block of queries is small).
@@ -24,7 +23,7 @@ namespace PTM_NAMESPACE {
 
 constexpr int64_t kBlock = 32;
 constexpr int64_t kChunk = 512;     // queries at a time, backward
-constexpr float kHidden = -1e30f;   // 2^(kHidden - anything) is 0
+constexpr float kHidden = -1e30f;   // of what is not seen
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -182,7 +181,9 @@ struct Forward {
     const float high = largest(top);
     vf total = splat(0);
     for (int64_t j = 0; j < n; j += W) {
-      const vf e = vexp2(load(scores + j) - splat(high));
+      const vf score = load(scores + j);
+      vf e = vexp2(score - splat(high));
+      e = score == splat(kHidden) ? splat(0) : e;  // and no small number, which would be slow
       total += e;
       store(p + j, e);
     }
@@ -298,9 +299,8 @@ struct Backward {
         for (int64_t j = 0; j < kBlock; j++) shown[j] = see[j][r] ? 0.0f : kHidden;
       for (int64_t j = 0; j < kBlock; j += W) {
         const int64_t half = j >> 4, i = j & 15;
-        vf score = load(both[0].c[r >> 4][half][r & 15] + i) * scale - load(of_lse + j);
-        if (sight == kSome) score = load(shown + j) < splat(0) ? splat(kHidden) : score;
-        const vf e = vexp2(score);
+        vf e = vexp2(load(both[0].c[r >> 4][half][r & 15] + i) * scale - load(of_lse + j));
+        if (sight == kSome) e = load(shown + j) < splat(0) ? splat(0) : e;
         store(p + j, e);
         store(ds + j, e * (load(both[1].c[r >> 4][half][r & 15] + i) - load(delta + j)) * back);
       }

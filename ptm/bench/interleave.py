@@ -14,6 +14,8 @@ A contestant that fails keeps its error as its result; the others go on.
 from __future__ import annotations
 
 import json
+import re
+import signal
 import socket
 import statistics
 import subprocess
@@ -209,7 +211,7 @@ class Running:
                 told = json.loads(failed[0].read_text())
                 raise ContestantFailed(told["error"], told["version"])
             if self.process.poll() is not None:
-                raise ContestantFailed(_last_line(self.folder / "log.txt"))
+                raise ContestantFailed(last_words(self.folder / "log.txt"))
             if time.monotonic() > deadline:
                 raise ContestantFailed(f"no answer within {timeout_s:.0f} s")
             time.sleep(POLL_S)
@@ -254,6 +256,13 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def _last_line(log: Path) -> str:
-    lines = [text for text in log.read_text(errors="replace").splitlines() if text.strip()]
+def last_words(log: Path) -> str:
+    """How torchrun says that a rank ended, or the last line."""
+    text = log.read_text(errors="replace")
+    code = re.search(r"exitcode *: (-?\d+)", text)
+    if code is not None:
+        is_killed = int(code[1]) == -signal.SIGKILL
+        why = ": the system kills so when memory is short; fewer contestants need less"
+        return f"a rank ended with code {code[1]}{why if is_killed else ''} ({log})"
+    lines = [line for line in text.splitlines() if line.strip()]
     return lines[-1] if lines else "ended without a word"

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ptm.bench.kernel_case import Case, ours
+from ptm.bench.kernel_case import Case, Run, ours
 from ptm.kernels.moe_mlp import moe_mlp as mixture
 
 SHAPES = [  # T, D, F, E, A: the mini model's micro-batch and twice that; wider experts
@@ -37,7 +37,7 @@ def moe_mlp() -> Iterator[Case]:
         what = f"{T} x {D}, {E} experts of {hidden}, {A} active, bf16"
         flops, moved = 6.0 * T * A * D * hidden, 2.0 * (w1.numel() + w2.numel() + 2 * x.numel())
         for name, passes in (("forward", 1), ("forward and backward", 3)):
-            runs = {n: _run(f, inputs, grad, passes) for n, f in functions.items()}
+            runs = {n: passed(f, inputs, grad, passes) for n, f in functions.items()}
             torch_name = "torch, F.grouped_mm"
             yield Case(
                 "moe_mlp",
@@ -49,7 +49,9 @@ def moe_mlp() -> Iterator[Case]:
             )
 
 
-def _run(function: Callable[..., Tensor], inputs: list[Tensor], grad: Tensor, passes: int):
+def passed(function: Callable[..., Tensor], inputs: list[Tensor], grad: Tensor, passes: int) -> Run:
+    """A call of `function`; with its backward where `passes` is more than 1."""
+
     def run() -> Sequence[Tensor]:
         with torch.set_grad_enabled(passes > 1):
             y = function(*inputs)

@@ -17,7 +17,7 @@ import torch
 from ptm.bench import show
 from ptm.bench.contestant import elements
 from ptm.bench.engines import contestants
-from ptm.bench.interleave import Contestant, Result, Spread, join, run_rounds, spread
+from ptm.bench.interleave import Contestant, Result, Spread, join, last_words, run_rounds, spread
 from ptm.bench.wire import wire_row
 from ptm.cli import VERBS
 from ptm.jobs import StepBenchJob
@@ -120,6 +120,15 @@ def test_a_contestant_that_fails_says_why_and_nobody_stays(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
+def test_a_rank_that_was_killed_is_told_from_one_that_failed(tmp_path: Path) -> None:
+    log = tmp_path / "log.txt"
+    for code, told in ((-9, "memory is short"), (1, "ended with code 1 (")):
+        log.write_text(f"Root Cause:\n  rank      : 0\n  exitcode  : {code} (pid: 7)\n=====\n")
+        assert told in last_words(log)
+    log.write_text("first\nlast\n\n")
+    assert last_words(log) == "last"
+
+
 def test_a_bench_that_is_killed_leaves_no_ranks(tmp_path: Path) -> None:
     words = f"model.scale=debug ranks=2 rounds=1000 out={tmp_path / 'o'}".split()
     bench = subprocess.Popen([sys.executable, "-m", "ptm", "bench", "wire", *words], cwd=tmp_path)
