@@ -81,8 +81,9 @@ def _export(job: ExportConfig, crew: Crew) -> None:
 
 
 SENSITIVITY_ROWS = 16
-TIMEOUT_S = 3600
-"""A rank may have this much to do while others wait; one that is gone is noticed at once."""
+TIMEOUT_S = 6 * 3600
+"""Others wait as long while the first rank measures sensitivities; one that is gone is noticed at
+once."""
 
 
 def _chosen_bits(job: ExportConfig, walk: Walk, folder: Path, console: Console) -> dict[str, int]:

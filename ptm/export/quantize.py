@@ -36,7 +36,7 @@ from ptm.export.crew import Crew
 from ptm.export.partial import Partial
 from ptm.export.stages import Stage
 from ptm.export.walk import Walk
-from ptm.quant.gptq import GptqOptions, Hessian, factorize, relative_error, solve
+from ptm.quant.gptq import GptqOptions, Hessian, factorize, one_thread, relative_error, solve
 from ptm.quant.grid import Grid, GridKind, Quantized, round_to_nearest
 from ptm.quant.pack import Format, to_tensors
 
@@ -268,6 +268,7 @@ class _Layer:
         if wanted is None:
             return None
 
+        @one_thread()
         def part(batches: slice) -> Tensor:
             total = torch.zeros(num_inputs, num_inputs)
             for x, y in zip(stage.inputs[batches], wanted[batches]):

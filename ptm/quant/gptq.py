@@ -18,13 +18,17 @@ of calibration text, the loss of weights V in place of W is
 
 Inputs that were always zero keep the nearest code: they cost nothing on calibration text, and
 elsewhere the weight is still the best guess. Everything is fp32 on one device; only the upper half
-of H is summed, in strips of 256 inputs.
+of H is summed, in strips of 256 inputs. H and its factors are made on one thread: torch's sums over
+rows, products X^T X and Cholesky factors have other bits on another number of threads, and codes
+shall not.
 
 Source: GPTQ, arXiv 2210.17323; GPTAQ, arXiv 2504.02692. Tried and left out: docs/log.md.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -52,6 +56,17 @@ class GptqOptions:
     alpha: float = 0.0
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Products and sums inside have the bits of one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 class Hessian:
     """Sum of x x^T over the rows of calibration text, and how many there were."""
 
@@ -59,6 +74,7 @@ class Hessian:
         self.sum_KK = torch.zeros(num_inputs, num_inputs, device=device)
         self.num_rows = 0
 
+    @one_thread()
     def add(self, x_TK: Tensor) -> None:
         """Rows of inputs (..., K). Those in bf16 are multiplied in bf16 where that is fast, CHUNK
         rows at a time: a fourth of the time, 0.1 % of the error that is left (docs/numbers.md)."""
@@ -100,6 +116,7 @@ class Solved:
     notes: list[str] = field(default_factory=list)
 
 
+@one_thread()
 def factorize(hessian_KK: Tensor, options: GptqOptions = GptqOptions()) -> Factor:
     """Raises ValueError where the matrix is not finite, or no damping makes it definite."""
     if not bool(hessian_KK.isfinite().all()):
@@ -142,7 +159,8 @@ def solve(
     w = w_NK.float()
     target = w
     if options.alpha and cross_KK is not None:
-        moved = torch.linalg.solve(factor.damped_KK, (w @ cross_KK).t()).t()
+        with one_thread():
+            moved = torch.linalg.solve(factor.damped_KK, (w @ cross_KK).t()).t()
         target = w + options.alpha * moved
     importance = factor.damped_KK.diagonal()
     scale, zero = grid.scales(target, importance, options.candidates)
@@ -162,6 +180,7 @@ def solve(
     )
 
 
+@one_thread()
 def relative_error(w_NK: Tensor, near_NK: Tensor, hessian_KK: Tensor) -> float:
     """||(W - V) X||^2 / ||W X||^2 of inputs with this second moment; 0 where there is no output."""
     gap = (near_NK - w_NK).float()

@@ -156,6 +156,27 @@ def test_hessian_is_a_sum_that_may_be_made_in_parts() -> None:
     assert (rounded.mean() - exact).norm() < 5e-3 * exact.norm()
 
 
+def test_codes_do_not_depend_on_threads() -> None:
+    g = torch.Generator().manual_seed(2)
+    x = torch.randn(3000, 512, generator=g) * torch.rand(512, generator=g)
+    w, cross = torch.randn(96, 512, generator=g), 0.01 * torch.randn(512, 512, generator=g)
+    options, before, found = GptqOptions(alpha=0.5), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            sums = Hessian(512)
+            sums.add(x.bfloat16())
+            sums.add(x)
+            made = solve(w, factorize(sums.mean(), options), GRIDS[0], options, cross_KK=cross)
+            assert torch.get_num_threads() == threads
+            found.append((made.quantized, made.error))
+    finally:
+        torch.set_num_threads(before)
+    for other, error in found[1:]:
+        assert torch.equal(other.codes_NK, found[0][0].codes_NK) and error == found[0][1]
+        assert torch.equal(other.scale_NG, found[0][0].scale_NG)
+
+
 def test_gptaq_keeps_the_outputs_of_the_whole_model_better() -> None:
     """Inputs x come from quantized layers, x_fp from the others: what counts is W x_fp."""
     w, x_fp, _ = workload(t=4000)
