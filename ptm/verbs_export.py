@@ -44,15 +44,17 @@ def export(job: ExportConfig | VerifyConfig) -> None:
             check(job)
         return
     stop_with_agent()
-    mesh = open_mesh(TIMEOUT_S)
-    _export(job, Crew(Peers(mesh.background)))
-    mesh.close()
-
-
-def _export(job: ExportConfig, crew: Crew) -> None:
     walk, folder = open_walk(job)
     job = settled(job, folder)
     quantize.check_sizes(walk.linears(job.layers), job)  # before anything that takes long
+    mesh = open_mesh(TIMEOUT_S)
+    try:
+        _export(job, walk, folder, Crew(Peers(mesh.background)))
+    finally:
+        mesh.close()
+
+
+def _export(job: ExportConfig, walk: Walk, folder: Path, crew: Crew) -> None:
     rows_of = None
     total = len(walk.linears(job.layers))
     if job.method is Method.gptq:

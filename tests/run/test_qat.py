@@ -9,7 +9,7 @@ import torch
 
 from ptm import build, verbs_export
 from ptm.checkpoint.hf import open_hf
-from ptm.common.errors import RecipeError
+from ptm.common.errors import CheckpointError, RecipeError
 from ptm.export.config import ExportConfig, ExportFormat
 from ptm.quant import fake_quant
 from ptm.recipe import load_recipe
@@ -64,6 +64,9 @@ def test_export_is_what_the_last_forward_saw(
         for matrix, near in zip(("w1", "w2"), last[6 * layer + 4 :]):
             names = [f"{prefix}mlp.experts.{e}.{matrix}.weight" for e in range(4)]
             assert torch.equal(torch.cat([exported.read(n) for n in names]), near), (layer, matrix)
+    for _ in range(2):  # a failure leaves no process group behind
+        with pytest.raises(CheckpointError, match="is there already"):
+            verbs_export.export(ExportConfig(run=str(tmp_path / "run"), format=format))
     with pytest.raises(RecipeError, match="was trained on"):
         other = ExportFormat.gptq if format is ExportFormat.fp6 else ExportFormat.fp6
         bits = 4 if other is ExportFormat.gptq else 6
