@@ -18,6 +18,7 @@ the number of threads, or the stream, comes last.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -135,6 +136,12 @@ def forced(isa: str | None) -> Iterator[None]:
         yield
     finally:
         _forced.pop()
+
+
+@cache
+def digest() -> str:
+    """Which build of the kernels this is, for what was measured with it; empty without one."""
+    return hashlib.sha256(LIBRARY.read_bytes()).hexdigest()[:12] if LIBRARY.exists() else ""
 
 
 def declare(*ops: str) -> None:

@@ -167,6 +167,12 @@ def _has_kernel(job: Job) -> bool:
     )
 
 
+def puts_in_place(job: Job) -> bool:
+    """Whether a kernel puts the gradients of experts where they are summed (ptm/kernels/sink.py);
+    it cannot those of weights that are computed."""
+    return _has_kernel(job) and not _is_frozen(job)
+
+
 def _rows(job: Job) -> int:
     routed = job.micro_rows * job.seq_len * job.model.num_experts_per_tok
     return routed if _has_kernel(job) else grouped_rows(routed, job.model.num_experts // job.ep)
@@ -188,8 +194,7 @@ def _experts_backward(job: Job) -> int:
     m, c, T = job.model, job.compute_bytes, job.micro_rows * job.seq_len
     D, E, F = m.hidden_size, m.num_experts // job.ep, m.moe_intermediate_size
     R = _rows(job)
-    # The kernel puts gradients where they are summed, but those of weights that are computed.
-    in_place = _has_kernel(job) and not _is_frozen(job)
+    in_place = puts_in_place(job)
     weights, saved = 0 if in_place else 3 * E * F * D * c, saved_by_layer(job)
     widened = 0 if in_place else _widened(job, 2 * E * F * D)
     if _has_kernel(job) and job.ep == 1:

@@ -5,10 +5,10 @@
                what a closed form cannot know of caches, shapes of products and small kernels
     the disk   ptm/engine/tier.py's probe, under engine.ssd_path
 
-Kept in speed.json by processor, torch version and threads; jobs by their shapes. Only `ptm plan`
-measures; a run takes what is kept, so that ranks never measure against each other. Jobs whose
-block would take longer than a few seconds are planned by the rates. Times are medians: on a shared
-machine they are what it gave then.
+Kept in speed.json by processor, torch version, kernels and threads; jobs by their shapes. Only
+`ptm plan` measures; a run takes what is kept, so that ranks never measure against each other. Jobs
+whose block would take longer than a few seconds are planned by the rates. Times are medians: on a
+shared machine they are what it gave then.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from ptm.common.device import best_device, sync
 from ptm.engine import tier
 from ptm.engine.split import join, split
 from ptm.engine.states import CHUNK
+from ptm.kernels import native
 from ptm.kernels.attention import causal_attention
 from ptm.kernels.loss import linear_cross_entropy
 from ptm.kernels.moe_mlp import moe_mlp
@@ -273,7 +274,8 @@ def _machine_key(job: Job, threads: int) -> str:
     names = {platform.node(), platform.machine(), _processor(), job.device}
     if job.device == "cuda":
         names.add(torch.cuda.get_device_name())
-    return f"{' '.join(sorted(names))}, torch {torch.__version__}, {threads} threads"
+    kernels = f"kernels {native.isa() or 'of torch'} {native.digest()}"
+    return f"{' '.join(sorted(names))}, torch {torch.__version__}, {kernels}, {threads} threads"
 
 
 def _processor() -> str:

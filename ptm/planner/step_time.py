@@ -23,6 +23,7 @@ from ptm.common.units import format_bytes
 from ptm.engine.layout import Group
 from ptm.kernels.permute import grouped_rows
 from ptm.planner import states
+from ptm.planner.activations import puts_in_place
 from ptm.planner.job import Job
 from ptm.planner.speed import Speed
 
@@ -196,14 +197,23 @@ def _copied_bytes(job: Job) -> float:
     local = sum(unit.trained_numel for unit in placed.units)
     passes = 2 * M if job.zero == 3 else 1
     weights = 2 * c * placed.numel * passes
+    in_place = _experts_numel(job) if puts_in_place(job) else 0
     sums = 1 if job.zero == 1 and job.ranks > 1 else M
     if job.zero == 1 and job.ranks > 1:
-        arrived = local * (c + 8) * M
+        # In fp32 where they are, over what is there or added to it, and not in c bytes elsewhere.
+        arrived = (local - in_place) * (c + 8) * M + in_place * (4 - c + (8 - c) * (M - 1))
         landed = owned * (4 * job.ranks + 12)
     else:
-        arrived = local * 2 * c * M
+        arrived = (local - in_place) * 2 * c * M
         landed = owned * sums * (c * job.ranks + 8) + owned * 4
     return weights + arrived + landed
+
+
+def _experts_numel(job: Job) -> int:
+    """Of this rank's experts, in all layers."""
+    m = job.model
+    one = 3 * m.hidden_size * m.moe_intermediate_size
+    return m.num_hidden_layers * (m.num_experts // job.ep) * one
 
 
 def _update_s(job: Job, speed: Speed, placed: Placed) -> float:
