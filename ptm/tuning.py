@@ -109,8 +109,9 @@ def questions(
         if is_one and 0 < len(answer) <= longest:
             found.append((prompt, answer))
     if count and not found:
-        rule = f"holds no answer of {longest} tokens or fewer to count exact ones"
-        raise DataError(line("sft.source", "held-out", rule, "set sft.answers=0"))
+        rule = "no held-out answer is as short, so exact ones cannot be counted"
+        remedy = "raise it, or set sft.answers=0"
+        raise DataError(line("sft.answer_tokens", longest, rule, remedy))
     return found
 
 

@@ -54,8 +54,23 @@ CHATML = (
 )
 TEMPLATES = {"m32": M32, "chatml": CHATML}
 
+PLAIN = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "What is 1 plus 1?"},
+    {"role": "assistant", "content": "2"},
+]
+"""What any template can render, with the system's message or without."""
+
 RENDER_S = 2.0
 RENDER_MEMORY_BYTES = 400 << 20
+
+
+class TemplateError(DataError):
+    """The template is at fault, with every conversation or with this one; `rule` says how."""
+
+    def __init__(self, rule: str, remedy: str) -> None:
+        super().__init__(line("chat_template", "(given)", rule, remedy))
+        self.rule = rule
 
 
 class Segment(NamedTuple):
@@ -68,11 +83,31 @@ class Segment(NamedTuple):
 class ChatTemplate:
     """A template ready to render; starts its process when first used, `close` ends it."""
 
-    def __init__(self, source: str, *, bos_token: str = "", eos_token: str = "<eod>") -> None:
-        """`source` is Jinja, or a name in TEMPLATES; the tokens are variables it may use."""
-        self.source = TEMPLATES.get(source, source)
+    def __init__(
+        self, source: str, *, name: str = "(given)", bos_token: str = "", eos_token: str = "<eod>"
+    ) -> None:
+        """`source` is Jinja, or a name in TEMPLATES; the tokens are variables it may use; `name`
+        is what a recipe calls it."""
+        self.source, self.name = TEMPLATES.get(source, source), name
         self.variables = {"bos_token": bos_token, "eos_token": eos_token}
         self.child: Child | None = None
+
+    def check(self) -> None:
+        """Raise DataError where it cannot be compiled, or fails on plain conversations; not where
+        it refuses them, as it may want another form."""
+        fault = None
+        for messages in PLAIN, PLAIN[1:]:
+            try:
+                self._render(messages, [(len(messages), False)])
+                return
+            except TemplateError as error:
+                fault = error
+        assert fault is not None
+        raise self.refusal(fault.rule) from fault
+
+    def refusal(self, rule: str) -> DataError:
+        """The error of a recipe with this template."""
+        return DataError(line("sft.template", self.name, rule, "mend it, or use m32 or chatml"))
 
     def prompt(self, messages: Sequence[dict[str, Any]]) -> str:
         """The text after which the model answers. Raises: DataError."""
@@ -152,7 +187,10 @@ class ChatTemplate:
             return self.child.call(request, what="chat template", time_s=RENDER_S)
         except OutOfPages:
             limit = f"takes more than {RENDER_MEMORY_BYTES >> 20} MiB to render"
-            raise DataError(line("chat_template", "(given)", limit, "simplify it")) from None
+            raise TemplateError(limit, "simplify it") from None
+        except DataError as error:  # `key=value: rule; remedy`
+            rule, _, remedy = str(error).partition(": ")[2].rpartition("; ")
+            raise TemplateError(rule, remedy) from None
         finally:
             if self.child.process.poll() is not None:  # dead; the next call starts another
                 self.close()
@@ -171,7 +209,8 @@ def _derive(
     upto = _text(after)
     content = content.strip()  # as most templates do
     if not text.startswith(upto):
-        raise _error("the template rewrites earlier turns, so answers cannot be told", remedy)
+        rule = "the template rewrites earlier turns, so answers cannot be told"
+        raise TemplateError(rule, remedy)
     if not content:
         raise _error("an answer is empty", "leave it out")
     # A template may not heed add_generation_prompt: then only a search tells header from answer.
@@ -182,14 +221,15 @@ def _derive(
     elif "text" in before and upto.startswith(before["text"]):
         start = at = upto.find(content, len(before["text"]))
         if upto.count(content, len(before["text"])) > 1:
-            raise _error("an answer's text is also in the template's header", remedy)
+            raise TemplateError("an answer's text is also in the template's header", remedy)
     else:
-        raise _error("an answer cannot be told from what comes before it", remedy)
+        raise TemplateError("an answer cannot be told from what comes before it", remedy)
     if at < 0:
-        raise _error("the template changes an answer, so it cannot be found", remedy)
+        raise TemplateError("the template changes an answer, so it cannot be found", remedy)
     end = upto[at + len(content) :]
     if not end:
-        raise _error("nothing ends the answer's turn, so a model would never stop", remedy)
+        rule = "nothing ends the answer's turn, so a model would never stop"
+        raise TemplateError(rule, remedy)
     # A line end after the token that ends a turn belongs to the next one; alone it is the end.
     return start, at + len(content) + len(end.rstrip() or end)
 
@@ -206,7 +246,7 @@ def _check(messages: Sequence[dict[str, Any]]) -> None:
 
 def _text(answer: dict[str, Any]) -> str:
     if "error" in answer:
-        raise _error(f"the template refuses it: {answer['error'][:200]}", "leave it out")
+        raise TemplateError(f"the template refuses it: {answer['error'][:200]}", "leave it out")
     return answer["text"]
 
 

@@ -21,10 +21,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ptm.common.errors import DataError, OutOfPages, PtmError, StorageError, line
+from ptm.common.errors import DataError, OutOfPages, PtmError, RecipeError, StorageError, line
 
 ROOT = str(Path(__file__).resolve().parents[2])
-ERRORS = {e.__name__: e for e in (DataError, StorageError, OutOfPages, PtmError)}
+ERRORS = {e.__name__: e for e in (DataError, RecipeError, StorageError, OutOfPages, PtmError)}
 TIMED_OUT, CRASHED = "took too long", "crashed its process"
 
 

@@ -101,15 +101,21 @@ def _check_order(messages: Messages) -> None:
 
 
 def read_rows(
-    source: str, config: DataConfig, *, is_shown: bool, take: Any = messages_of
+    source: str,
+    config: DataConfig,
+    *,
+    key: str = "data.source",
+    is_shown: bool,
+    take: Any = messages_of,
 ) -> Iterator[tuple[str, Any]]:
-    """`file:line` and what `take` makes of each row of a source; bad rows by data.bad_rows.
+    """`file:line` and what `take` makes of each row of a source, which `key` names; bad rows by
+    data.bad_rows.
 
     `take` raises BadRow. Raises: DataError at the end of the source where more rows are bad than
     the recipe accepts, or none is good.
     """
     totals, bad = Totals(), []
-    files = find(source)
+    files = find(source, key)
     with BytesDone(f"reading {source}", sum(f.size_bytes for f in files), is_shown=is_shown) as bar:
         for piece in cut(files, WHOLE_FILE):
             for row in RowReader(piece):
@@ -128,7 +134,7 @@ def read_rows(
                 totals = totals.plus(Totals(documents=1))
                 yield f"{piece.file.path}:{row.line}", taken
             bar.advance(piece.size_bytes)
-    refuse_bad(config, source, totals, bad)
+    refuse_bad(config, source, totals, bad, key)
 
 
 def read_conversations(source: str, config: DataConfig, *, is_shown: bool) -> list[Conversation]:
@@ -136,4 +142,5 @@ def read_conversations(source: str, config: DataConfig, *, is_shown: bool) -> li
     if source.endswith(".txt"):
         remedy = "give .jsonl or .parquet files, or `tasks`"
         raise DataError(line("sft.source", source, "holds no conversations", remedy))
-    return [Conversation(*row) for row in read_rows(source, config, is_shown=is_shown)]
+    rows = read_rows(source, config, key="sft.source", is_shown=is_shown)
+    return [Conversation(*row) for row in rows]

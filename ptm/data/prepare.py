@@ -106,16 +106,18 @@ def prepare_source(
     return prepared
 
 
-def refuse_bad(config: DataConfig, source: str, totals: Totals, bad: list[Any]) -> None:
-    """Raise DataError if a source has more bad rows than the recipe accepts, or nothing else."""
+def refuse_bad(
+    config: DataConfig, source: str, totals: Totals, bad: list[Any], key: str = "data.source"
+) -> None:
+    """Raise DataError if a source, which `key` names, has more bad rows than the recipe accepts, or
+    nothing else."""
     rows = totals.documents + totals.bad_rows
     first = "".join(f", first {file}:{number}: {reason}" for file, number, reason in bad[:1])
     rule = f"{totals.bad_rows} of {rows} rows of {source} are not usable{first}"
     remedy = "`ptm data check` lists them; mend them"
     if not totals.documents:
-        raise DataError(
-            line("data.source", source, f"no usable document in {rows} rows{first}", remedy)
-        )
+        what = "document" if key == "data.source" else "row"
+        raise DataError(line(key, source, f"no usable {what} in {rows} rows{first}", remedy))
     if totals.bad_rows and config.bad_rows == BadRows.fail:
         raise DataError(line("data.bad_rows", "fail", rule, f"{remedy}, or set data.bad_rows=skip"))
     if totals.bad_rows > config.max_bad_fraction * rows:

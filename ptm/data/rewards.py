@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ptm.common.errors import DataError, OutOfPages, PtmError, line
+from ptm.common.errors import DataError, OutOfPages, PtmError, RecipeError, line
 from ptm.data.child import TIMED_OUT, Child
 
 MEMORY_BYTES = 1 << 30
@@ -58,7 +58,8 @@ class Rewarder:
     """Scores texts in a child process; close it, or use it in a `with`."""
 
     def __init__(self, name: str, *, timeout_s: float) -> None:
-        """timeout_s: of one call. Raises: DataError where there is no such function."""
+        """timeout_s: of one call. Raises: RecipeError where there is no such function,
+        DataError where its file cannot be imported."""
         self.name, self.timeout_s = name, timeout_s
         self.child: Child | None = None
         self._call({"check": True})
@@ -137,8 +138,11 @@ def _function(name: str) -> Callable[[str, str, str], Any]:
         return BUILT_IN[name]
     path, _, function = name.rpartition(":")
     remedy = f"give {', '.join(BUILT_IN)}, or path/to/file.py:function"
-    if not path or not function.isidentifier() or not Path(path).is_file():
-        raise DataError(line("grpo.reward", name, "is not a function in a file", remedy))
+    if not path or not function.isidentifier():
+        rule = "is neither a built-in reward nor a function in a file"
+        raise RecipeError(line("grpo.reward", name, rule, remedy))
+    if not Path(path).is_file():
+        raise RecipeError(line("grpo.reward", name, f"there is no file {path}", remedy))
     spec = importlib.util.spec_from_file_location("reward", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -149,7 +153,7 @@ def _function(name: str) -> Callable[[str, str, str], Any]:
         raise DataError(line("grpo.reward", name, rule, "mend the file")) from None
     found = getattr(module, function, None)
     if not callable(found):
-        raise DataError(line("grpo.reward", name, f"{path} has no function {function}", remedy))
+        raise RecipeError(line("grpo.reward", name, f"{path} has no function {function}", remedy))
     return found
 
 

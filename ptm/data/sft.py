@@ -26,8 +26,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ptm.common.errors import DataError, line
-from ptm.data.chat import TEMPLATES, ChatTemplate
+from ptm.common.errors import DataError, RecipeError, line
+from ptm.data.chat import TEMPLATES, ChatTemplate, TemplateError
 from ptm.data.config import DataConfig
 from ptm.data.conversations import Conversation, read_conversations
 from ptm.data.loader import RowId
@@ -79,20 +79,23 @@ def open_conversations(
     num_cut = 0
     for source in sft.source:
         found, held_out = _read(source, sft, data, is_shown)
-        totals, bad = Totals(), []
+        totals, bad, faults = Totals(), [], []
         with ThingsDone(f"encoding {source}", len(found), is_shown=is_shown) as bar:
             for conversation, is_out in zip(found, held_out):
                 bar.advance(1)
                 one = _encode(conversation, tokenizer, template, most_tokens)
-                if isinstance(one, str):
+                if isinstance(one, DataError):
                     totals = totals.plus(Totals(bad_rows=1))
                     path, _, number = conversation.where.rpartition(":")
-                    bad = bad or [(path, number, one)]
+                    bad = bad or [(path, number, " ".join(str(one).split()))]
+                    faults += [one.rule] if isinstance(one, TemplateError) else []
                     continue
                 totals = totals.plus(Totals(documents=1))
                 num_cut += len(one.tokens) < len(one.learned)
                 sides[is_out].append(one._replace(learned=one.learned[: len(one.tokens)]))
-        refuse_bad(data, source, totals, bad)
+        if len(faults) == len(found) > 0:
+            raise template.refusal(f"fails on all {len(found)} rows of {source}: {faults[0]}")
+        refuse_bad(data, source, totals, bad, "sft.source")
     for name, side in zip(("training", "held-out"), sides):
         if not side:
             rule = f"leaves no conversation on the {name} side"
@@ -120,15 +123,15 @@ def _read(
 
 def _encode(
     conversation: Conversation, tokenizer: Tokenizer, template: ChatTemplate, most_tokens: int
-) -> Encoded | str:
+) -> Encoded | DataError:
     """Cut tokens with the mask of all, or why there are none."""
     try:
         tokens, learned = template.encode(conversation.messages, tokenizer)
     except DataError as error:
-        return " ".join(str(error).split())
+        return error
     kept = tokens[:most_tokens]
     if not learned[1 : len(kept)].any():
-        return (
+        return DataError(
             f"its answer is cut to nothing: it begins after {most_tokens} tokens, "
             "the longest that train.seq_len holds"
         )
@@ -138,27 +141,34 @@ def _encode(
 def chat_template(sft: SftConfig, tokenizer: Tokenizer, folder: Path | None) -> ChatTemplate:
     """The recipe's template, else that beside the tokenizer in `folder`, else m32's.
 
-    Raises: DataError where there is none.
+    Raises: RecipeError where there is none, DataError where it is broken.
     """
-    source = sft.template
+    source, name = sft.template, sft.template
     if source is None and folder is not None:
-        source = _own_template(folder)
+        source, name = _own_template(folder), str(folder)
     if source is None and tokenizer.sep_id is not None:
-        source = "m32"
+        source = name = "m32"
     if source is None:
         rule = "is not set, and the tokenizer has neither a template nor <sep>"
         remedy = f"give {', '.join(TEMPLATES)} or a .jinja file"
-        raise DataError(line("sft.template", None, rule, remedy))
+        raise RecipeError(line("sft.template", None, rule, remedy))
     if sft.template is not None and source not in TEMPLATES:
         try:
             source = Path(source).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
+            why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
             remedy = f"give {', '.join(TEMPLATES)} or a .jinja file"
-            raise DataError(
-                line("sft.template", source, f"cannot be read ({error})", remedy)
+            raise RecipeError(
+                line("sft.template", source, f"cannot be read: {why}", remedy)
             ) from error
     eos = next(name for name, i in tokenizer.specials.items() if i == tokenizer.eod_id)
-    return ChatTemplate(source, eos_token=eos)
+    template = ChatTemplate(source, name=str(name), eos_token=eos)
+    try:
+        template.check()
+    except DataError:
+        template.close()
+        raise
+    return template
 
 
 def _own_template(folder: Path) -> str | None:

@@ -4,11 +4,23 @@ from __future__ import annotations
 
 from ptm.common.config import config, ranged
 from ptm.common.errors import RecipeError, line
+from ptm.common.near import nearest
 
 TASK_SOURCE = "tasks"
 TASK_NAMES = (
     "add", "subtract", "larger", "longest", "first", "last", "upper", "count", "name", "docstring",
 )  # fmt: skip
+
+
+def check_tasks(section: str, tasks: tuple[str, ...]) -> None:
+    """Raise RecipeError for a task that is not built in; `section` is whose key `tasks` is."""
+    for name in tasks:
+        if name not in TASK_NAMES:
+            near = nearest(name, TASK_NAMES)
+            remedy = f"did you mean {' or '.join(near)}?" if near else "choose of "
+            remedy += "" if near else ", ".join(TASK_NAMES)
+            rule = "is not one of the built-in tasks"
+            raise RecipeError(line(f"{section}.tasks", name, rule, remedy))
 
 
 @config
@@ -34,3 +46,4 @@ class SftConfig:
         if not self.source or not all(self.source):
             remedy = "give .jsonl files, or tasks"
             raise RecipeError(line("sft.source", self.source, "must name at least one", remedy))
+        check_tasks("sft", self.tasks)

@@ -48,8 +48,8 @@ class Piece(NamedTuple):
     size_bytes: int
 
 
-def find(source: str) -> list[File]:
-    """The files of a source, ordered by name.
+def find(source: str, key: str = "data.source") -> list[File]:
+    """The files of a source, ordered by name; `key` is the recipe's that names it.
 
     Raises: DataError when there is none.
     """
@@ -68,7 +68,8 @@ def find(source: str) -> list[File]:
     if not files:
         is_missing = not glob.has_magic(source) and not os.path.lexists(source)
         rule = "does not exist" if is_missing else f"holds no file ending in {', '.join(SUFFIXES)}"
-        raise DataError(line("data.source", source, rule, "name a folder, a glob or python_stdlib"))
+        other = PYTHON_STDLIB if key == "data.source" else "tasks"
+        raise DataError(line(key, source, rule, f"name a folder, a glob or {other}"))
     return sorted(files)
 
 

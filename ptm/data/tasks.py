@@ -21,7 +21,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from ptm.common.errors import DataError, line
+from ptm.common.errors import RecipeError, line
 from ptm.data.config import PYTHON_STDLIB
 from ptm.data.shard import text_hash
 from ptm.data.source import find
@@ -130,15 +130,13 @@ EXACT = tuple(name for name in TASKS if name not in ("name", "docstring"))
 """Tasks whose answer follows from the question; the other two ask for what somebody wrote."""
 
 
-def examples(tasks: Sequence[str], count: int, *, seed: int, held_out: bool) -> list[Example]:
+def examples(
+    tasks: Sequence[str], count: int, *, seed: int, held_out: bool, key: str = "sft.tasks"
+) -> list[Example]:
     """`count` different questions, the tasks taking turns, of one side of the split.
 
-    A task that runs out of new questions drops out. Raises: DataError for an unknown task, and
-    where all have run out.
+    A task that runs out of new questions drops out. Raises: RecipeError where all have run out.
     """
-    if unknown := [name for name in tasks if name not in TASKS]:
-        remedy = f"choose of {', '.join(TASKS)}"
-        raise DataError(line("task", unknown[0], "is not one of the built-in tasks", remedy))
     streams = [_questions(name, seed, held_out) for name in dict.fromkeys(tasks)]
     found: list[Example] = []
     while len(found) < count and streams:
@@ -150,7 +148,8 @@ def examples(tasks: Sequence[str], count: int, *, seed: int, held_out: bool) -> 
                 found.append(example)
     if len(found) < count:
         rule = f"has only {len(found)} different questions on this side of the split"
-        raise DataError(line("tasks", ",".join(tasks), rule, "ask for fewer, or name more tasks"))
+        remedy = f"ask for fewer with {key.replace('tasks', 'task_rows')}, or name more tasks"
+        raise RecipeError(line(key, tasks, rule, remedy))
     return found
 
 

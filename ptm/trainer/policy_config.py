@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from ptm.common.config import config, ranged
 from ptm.common.errors import RecipeError, line
+from ptm.data.sft_config import check_tasks
 
 TASK_SOURCE = "tasks"
 DEFAULT_TASKS = ("larger", "longest", "first", "last", "upper", "count")
 
 
-def _one_source(section: object, key: str) -> None:
-    source = getattr(section, "source")  # noqa: B009
+def _check(key: str, source: str, tasks: tuple[str, ...]) -> None:
     if not source:
         remedy = "give a .jsonl or .parquet file, or tasks"
         raise RecipeError(line(f"{key}.source", source, "must name a file", remedy))
+    check_tasks(key, tasks)
 
 
 @config
@@ -33,7 +34,7 @@ class DpoConfig:
     "Held-out pairs in an evaluation."
 
     def check(self) -> None:
-        _one_source(self, "dpo")
+        _check("dpo", self.source, self.tasks)
 
 
 @config
@@ -67,4 +68,4 @@ class GrpoConfig:
     "Held-out prompts that are answered in an evaluation."
 
     def check(self) -> None:
-        _one_source(self, "grpo")
+        _check("grpo", self.source, self.tasks)

@@ -4,7 +4,7 @@ import socket
 
 import pytest
 
-from ptm.common.errors import DataError
+from ptm.common.errors import RecipeError
 from ptm.data.rewards import Rewarder
 
 FUNCTIONS = """
@@ -58,6 +58,7 @@ def test_a_reward_has_no_network(file):
 
 @pytest.mark.parametrize("name", ["nothing", "no/such.py:f", "FILE:missing", "FILE:not a name"])
 def test_a_wrong_name_is_one_line(name, file):
-    with pytest.raises(DataError, match=r"^grpo\.reward=.*; give ") as caught:
+    with pytest.raises(RecipeError, match=r"^grpo\.reward=.*; give ") as caught:
         Rewarder(name.replace("FILE", str(file)), timeout_s=5)
     assert "\n" not in str(caught.value)
+    assert ("there is no file no/such.py" in str(caught.value)) == name.startswith("no/")

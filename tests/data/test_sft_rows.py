@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ptm.common.errors import DataError
-from ptm.data.chat import ChatTemplate
+from ptm.common.errors import DataError, RecipeError
+from ptm.data.chat import M32, ChatTemplate
 from ptm.data.config import DataConfig
 from ptm.data.conversations import BadRow, messages_of
 from ptm.data.loader import Loader
@@ -69,9 +69,50 @@ def test_bad_rows_name_file_and_line(tmp_path: Path, tokenizer: Tokenizer):
     with pytest.raises(DataError, match=r"a.jsonl:21: its answer is cut to nothing"):
         conversations(path, [*rows_of(*many), long], tokenizer)
     jinja = tmp_path / "raises.jinja"
-    jinja.write_text("{{ raise_exception('no') }}")
-    with pytest.raises(DataError, match=r"a.jsonl:1: .*the template refuses it: no"):
+    jinja.write_text("{%- if '7' in messages[-1].content %}{{ raise_exception('no') }}{% endif -%}")
+    jinja.write_text(jinja.read_text() + M32)
+    with pytest.raises(DataError, match=r"^data.bad_rows=.*a.jsonl:8: .*the template refuses it"):
         conversations(path, rows_of(*many), tokenizer, template=str(jinja))
+
+
+@pytest.mark.parametrize(
+    "text, rule",
+    [
+        ("{% if %}", "cannot be used: TemplateSyntaxError: "),
+        ("{{ messages[9].content.x }}", "cannot be used: UndefinedError: "),
+        ("{{ raise_exception('no') }}", "fails on all 20 rows of .*: the template refuses it: no"),
+        ("hello", "fails on all 20 rows of .*: the template changes an answer"),
+    ],
+)
+def test_a_broken_template_is_told_by_its_own_key(
+    tmp_path: Path, tokenizer: Tokenizer, text: str, rule: str
+):
+    jinja = tmp_path / "broken.jinja"
+    jinja.write_text(text)
+    with pytest.raises(DataError, match=rf"^sft\.template={jinja}: {rule}") as caught:
+        many = [f"answer {i}" for i in range(20)]
+        conversations(tmp_path / "a.jsonl", rows_of(*many), tokenizer, template=str(jinja))
+    assert "\n" not in str(caught.value) and str(caught.value).count("=") == 1
+    with pytest.raises(RecipeError, match=r"^sft\.template=.*: cannot be read: No such file"):
+        chat_template(SftConfig(template=f"{jinja}x"), tokenizer, None)
+
+
+def test_a_template_may_want_a_system_message(tokenizer: Tokenizer, tmp_path: Path):
+    jinja = tmp_path / "system.jinja"
+    jinja.write_text("{%- if messages[0].role != 'system' %}{{ 1 + none }}{% endif -%}" + M32)
+    with chat_template(SftConfig(template=str(jinja)), tokenizer, None) as template:
+        assert template.prompt([{"role": "system", "content": "a"}]) == "a<sep>"
+
+
+def test_sources_are_told_by_their_own_key(tmp_path: Path, tokenizer: Tokenizer):
+    gone, path = tmp_path / "gone.jsonl", tmp_path / "a.jsonl"
+    with chat_template(SftConfig(), tokenizer, None) as template:
+        section, kinds = SftConfig(source=(str(gone),)), {"most_tokens": 64, "is_shown": False}
+        rule = f"^sft.source={gone}: does not exist; name a folder, a glob or tasks$"
+        with pytest.raises(DataError, match=rule):
+            open_conversations(section, DataConfig(), tokenizer, template, **kinds)
+    with pytest.raises(DataError, match=f"^sft.source={path}: no usable row in 1 rows"):
+        conversations(path, [], tokenizer)
 
 
 def test_long_answers_are_cut_and_counted(tmp_path: Path, tokenizer: Tokenizer):
@@ -144,7 +185,7 @@ def test_task_questions_are_split_and_repeat():
         if one.task == "add":
             words = one.question.rstrip("?").split()
             assert int(words[2]) + int(words[4]) == int(one.answer)
-    with pytest.raises(DataError, match="has only"):
+    with pytest.raises(RecipeError, match=r"^sft\.tasks=add: has only"):
         examples(("add",), 10_000, seed=0, held_out=False)
 
 

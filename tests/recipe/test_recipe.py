@@ -267,3 +267,13 @@ def test_recipes_are_read_without_torch(tmp_path: Path) -> None:
         [sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=True
     )
     assert found.stdout == "False\n"
+
+
+@pytest.mark.parametrize("section", ["sft", "dpo", "grpo"])
+def test_a_task_that_is_not_built_in_is_refused_by_its_key(section: str):
+    rule = rf"^{section}\.tasks=frist: is not one of the built-in tasks; did you mean first\?$"
+    for value in ("[last,frist]", "frist"):
+        with pytest.raises(RecipeError, match=rule):
+            load("recipe=m32", f"{section}.tasks={value}")
+    with pytest.raises(RecipeError, match=rf"^{section}\.tasks=foo: .*; choose of add, subtract"):
+        load("recipe=m32", f"{section}.tasks=[foo]")
