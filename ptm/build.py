@@ -212,17 +212,24 @@ def finish(recipe: Recipe, parts: Parts) -> None:
     is_main = parts.run.mesh.is_main
     parts.run.metrics.close()
     best, name = parts.run.state.best, parts.mode.best_name
-    say(f"{name}: {best:.4f} at best" if best is not None else "not evaluated")
+    told = None if best is None else best * parts.mode.best_sign + 0.0  # no -0
+    say(f"{name}: {told:.4f} at best" if told is not None else "not evaluated")
     if parts.mode.finish is not None:
         parts.mode.finish()
-    say(f"a sample, temperature {SAMPLE.temperature}:\n")
+    tokenizer, asked = parts.corpus.tokenizer, parts.mode.asked
+    sample, more = SAMPLE, "prompt='import '"
+    if asked:
+        shown = f"{tokenizer.decode(asked)}\n-> "
+        sample, more = Sampling(shown, tuple(asked), max_new_tokens=64), "question='...'"
+    what = "an answer to a held-out question" if asked else "a sample"
+    say(f"{what}, temperature {sample.temperature}:\n")
     # Weights are sharded: every rank makes the sample, one shows it.
     # Each token takes all weights; where they come from a disk every time, a few must do.
     is_paged = recipe.engine.ssd_path is not None and recipe.engine.cpu_bytes is not None
-    sampling = replace(SAMPLE, max_new_tokens=16) if is_paged else SAMPLE
-    for text in stream_text(parts.model, parts.corpus.tokenizer, sampling):
+    sampling = replace(sample, max_new_tokens=16) if is_paged else sample
+    for text in stream_text(parts.model, tokenizer, sampling):
         print(text if is_main else "", end="", flush=True)
     if not is_main:
         return
     say(f"\n\nreport: {write_report(recipe.run_dir)}")
-    say(f"more:   ptm generate {shlex.quote(str(recipe.run_dir))} prompt='import '")
+    say(f"more:   ptm generate {shlex.quote(str(recipe.run_dir))} {more}")

@@ -36,6 +36,8 @@ class GenerateJob:
     "Run folder, one of its checkpoints, or a published model folder."
     prompt: str = field(default="", metadata={"prose": True})
     "Text to continue; empty starts a new document."
+    question: str = field(default="", metadata={"prose": True})
+    "Question to a fine-tuned model, asked by the chat template of its run or its tokenizer."
     step: int | None = ranged(None, least=0)
     "Step of the checkpoint; null is the newest good one."
     max_new_tokens: int = ranged(128, least=1, most=1_000_000)

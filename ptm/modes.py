@@ -8,7 +8,7 @@ so order, resume and ranks need nothing from a mode.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
@@ -97,8 +97,12 @@ class Mode:
     summary: Summary = per_token
     best_key: str = "eval_bits_per_byte"
     best_name: str = "held-out bits per byte"
+    best_sign: int = 1
+    "-1 where the value under best_key is what is told, negated."
     finish: Callable[[], None] | None = None
     "Run on every rank after the last step, before the sample and the report."
+    asked: Sequence[int] = ()
+    "A held-out question whose answer is the sample, in tokens; without one it is text."
 
 
 def open_mode(setup: Setup) -> Mode:
@@ -175,6 +179,7 @@ def sft(setup: Setup) -> Mode:
         best_key="task_loss",
         best_name="held-out loss of answers",
         finish=both.table,
+        asked=opened.questions[0][0] if opened.questions else (),
     )
     return with_replay(setup, mode, rows.learned)
 
@@ -231,6 +236,7 @@ def preferences(setup: Setup) -> Mode:
         best_key="eval_dpo_loss",
         best_name="held-out loss of preferences",
         finish=both.table,
+        asked=pairs.held_out[0].chosen.prompt if pairs.held_out else (),
     )
     return with_replay(setup, mode, lambda step: pairs.per_step)
 
@@ -286,8 +292,10 @@ def rewards(setup: Setup) -> Mode:
         metric_names=ROLLOUT_METRICS,
         summary=per_rollout,
         best_key="eval_cost",
-        best_name="held-out reward, negated,",
+        best_name="held-out reward",
+        best_sign=-1,
         finish=both.table,
+        asked=rollouts.held_out[0].ids if rollouts.held_out else (),
     )
     return with_replay(setup, mode, rollouts.tokens)
 

@@ -20,10 +20,11 @@ from ptm.common.errors import RecipeError, line
 from ptm.data.loader import Loader
 from ptm.data.pack import Batch
 from ptm.data.preferences import Order, Pair, Prompt, Reference, padded
-from ptm.data.rewards import Rewarder
+from ptm.data.rewards import Rewarder, Scored
 from ptm.mesh.mesh import Mesh
 from ptm.model.generate import recorded_routes, row_seed
 from ptm.model.transformer import Transformer
+from ptm.parts import say
 from ptm.recipe import Recipe
 from ptm.trainer.objectives import GrpoBatch, PairBatch
 from ptm.trainer.policy import advantages, dpo
@@ -251,6 +252,7 @@ class Rollouts:
             micro_batch_size=self.micro // size,
         )
         self._made: tuple[int, list[GrpoBatch]] | None = None
+        self.has_warned = False
 
     def micro_batches(self, step: int) -> list[GrpoBatch]:
         if self._made is None or self._made[0] != step:
@@ -332,6 +334,9 @@ class Rollouts:
             for i in whole
         ]
         scored = self.rewarder.score(rows)
+        if scored.first_error and not self.has_warned:
+            self.has_warned = True
+            say(self._warning(scored, len(rows)))
         rewards_B = torch.zeros(len(prompts), dtype=torch.float64)
         rewards_B[whole] = torch.tensor(scored.rewards, dtype=torch.float64)
         counts = {
@@ -340,3 +345,9 @@ class Rollouts:
             "reward_hung": scored.hung,
         }
         return rewards_B, counts
+
+    def _warning(self, scored: Scored, asked: int) -> str:
+        """One line for the first failures of a rank."""
+        rule = f"{scored.raised} of {asked} answers raised, {scored.hung} took too long"
+        remedy = "mend it; each counts as 0, and from now on failures are counted without a word"
+        return line("grpo.reward", self.config.reward, f"{rule} ({scored.first_error})", remedy)

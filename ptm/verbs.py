@@ -26,7 +26,9 @@ from ptm.common.values import show
 from ptm.data import job as data_job
 from ptm.data.config import DataConfig
 from ptm.data.corpus import Corpus, open_corpus
-from ptm.data.tokenizer import load_tokenizer
+from ptm.data.sft import chat_template
+from ptm.data.sft_config import SftConfig
+from ptm.data.tokenizer import Tokenizer, load_tokenizer
 from ptm.engine.config import PolicyKind
 from ptm.engine.terms import Terms
 from ptm.engine.trace import Trace
@@ -55,7 +57,7 @@ from ptm.parts import Batches
 from ptm.planner.explain import settle
 from ptm.planner.foresight import foresee
 from ptm.planner.hardware import counted
-from ptm.recipe import difference, load_recipe
+from ptm.recipe import Recipe, difference, load_recipe
 from ptm.report.html import write_report
 from ptm.serve.generator import Sampling, stream_text
 
@@ -177,14 +179,33 @@ def show_schedule(job: PlanJob, trace: Trace, terms: Terms) -> None:
 
 
 def generate(job: GenerateJob) -> None:
-    """Stream a continuation of the prompt to stdout."""
+    """Stream a continuation of the prompt, or the answer to a question, to stdout."""
+    if job.prompt and job.question:
+        raise RecipeError(line("question", job.question, "excludes prompt", "give one of them"))
     opened, folder = open_folder(job.run, job.step, may_have_soft=True)
     tokenizer = load_tokenizer(tokenizer_of(opened, folder))
     model = inference_module_of(opened, folder).to(best_device())
-    sampling = Sampling(job.prompt, job.max_new_tokens, job.temperature, job.top_p, job.seed)
+    ids = _asked(job, tokenizer, tokenizer_of(opened, folder)) if job.question else ()
+    sampling = Sampling(job.prompt, ids, job.max_new_tokens, job.temperature, job.top_p, job.seed)
     for text in stream_text(model, tokenizer, sampling):
         print(text, end="", flush=True)
     print()
+
+
+def _asked(job: GenerateJob, tokenizer: Tokenizer, beside: Path) -> tuple[int, ...]:
+    """The question as the run was trained on questions, else as its tokenizer's files say."""
+    recipe = _recipe_of(Path(job.run))
+    sft = SftConfig() if recipe is None else recipe.sft
+    with chat_template(sft, tokenizer, beside) as template:
+        text = template.prompt([{"role": "user", "content": job.question}])
+    return tuple(tokenizer.encode(text, special=True))
+
+
+def _recipe_of(run: Path) -> Recipe | None:
+    """Of a run, or of one of its checkpoints."""
+    files = (run / "recipe.yaml", run.parent.parent / "recipe.yaml")
+    file = next((path for path in files if path.is_file()), None)
+    return None if file is None else load_recipe([f"recipe={file}"])
 
 
 def evaluate(job: EvalJob) -> None:
@@ -217,14 +238,12 @@ def held_out_text(
     job: TextJob, run: Path, tokenizer: Path, model: Transformer
 ) -> tuple[Corpus, int]:
     """The text to evaluate on: what the job names, else what the run held out."""
-    recipes = (run / "recipe.yaml", run.parent.parent / "recipe.yaml")
-    recipe_file = next((path for path in recipes if path.is_file()), None)
-    if recipe_file is None and job.source is None:
+    recipe = _recipe_of(run)
+    if recipe is None and job.source is None:
         rule = "has no recipe.yaml that says what text was held out"
         raise CheckpointError(line("run", run, rule, "give source=FOLDER of text"))
     seq_len = job.seq_len
-    if recipe_file is not None:
-        recipe = load_recipe([f"recipe={recipe_file}"])
+    if recipe is not None:
         data, seq_len = recipe.data, seq_len or recipe.train.seq_len
     else:
         data = DataConfig()

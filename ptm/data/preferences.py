@@ -43,6 +43,10 @@ class Answer(NamedTuple):
     tokens: np.ndarray
     learned: np.ndarray
 
+    @property
+    def prompt(self) -> list[int]:
+        return self.tokens[: int(self.learned.argmax())].tolist()
+
 
 class Pair(NamedTuple):
     where: str

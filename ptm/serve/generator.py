@@ -19,6 +19,8 @@ class Sampling:
     """How to continue a prompt. temperature 0 is greedy."""
 
     prompt: str = ""
+    ids: tuple[int, ...] = ()
+    "Tokens to continue in place of the prompt's own, as a chat template's; the prompt is shown."
     max_new_tokens: int = 128
     temperature: float = 0.0
     top_p: float = 1.0
@@ -29,7 +31,7 @@ def stream_text(model: Any, tokenizer: Any, sampling: Sampling) -> Iterator[str]
     """The prompt, then the continuation piece by piece, up to the end of the document."""
     was_training = model.training
     model.eval()
-    ids = tokenizer.encode(sampling.prompt) or [tokenizer.eod_id]
+    ids = sampling.ids or tokenizer.encode(sampling.prompt) or [tokenizer.eod_id]
     ids = [*model.soft_ids, *ids]
     device = next(model.parameters()).device
     yield sampling.prompt

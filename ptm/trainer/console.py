@@ -163,6 +163,11 @@ def step_line(step: int, total_steps: int, record: Record, eta: str) -> str:
 # key of the record -> word on the line, and how its number is written
 _WORDS = {
     "loss": ("loss", "{:.4f}".format),
+    "reward": ("reward", "{:.3f}".format),
+    "equal_groups": ("equal", "{:.2f}".format),
+    "reward_raised": ("raised", "{:.0f}".format),
+    "reward_hung": ("hung", "{:.0f}".format),
+    "accuracy": ("accuracy", "{:.3f}".format),
     "eval_loss": ("eval_loss", "{:.4f}".format),
     "eval_bits_per_byte": ("bits/byte", "{:.4f}".format),
     "grad_norm": ("gnorm", "{:.2f}".format),
@@ -173,10 +178,14 @@ _WORDS = {
 }
 
 
+_FAILURES = ("reward_raised", "reward_hung")
+"On the line only where there are some."
+
+
 def step_words(record: Record) -> list[str]:
     words = []
     for key, (word, write) in _WORDS.items():
-        if key in record:
+        if key in record and (key not in _FAILURES or record[key]):
             value = record[key]
             words.append(f"{word} {write(value) if isinstance(value, (int, float)) else 'nan'}")
     loads = list(_loads(record).values())

@@ -119,3 +119,18 @@ def test_rewards_after_a_kill_within_a_rollout(
     finish(runs.launch(0, again, cache))
     assert runs.log(killed) == log
     assert runs.digests(killed, STEPS) == runs.digests(whole, STEPS)
+
+
+def test_a_reward_that_raises_is_told_once(
+    base: Path, text: Path, cache: Path, tmp_path: Path
+) -> None:
+    reward = tmp_path / "bad.py"
+    reward.write_text("def bad(question, answer, text):\n    raise ValueError('boom')\n")
+    changes = {"grpo.reward": f"{reward}:bad", "grpo.group_size": 4, "grpo.eval_prompts": 4}
+    changes |= {"grpo.max_new_tokens": 6, "train.steps": 2}
+    done = runs.launch(0, words(tmp_path / "run", base, text, "grpo", **changes), cache)
+    finish(done)
+    told = [row for row in done.stdout.splitlines() if row.startswith("grpo.reward=")]
+    assert len(told) == 1 and "ValueError: boom" in told[0]
+    steps = [row for row in done.stdout.splitlines() if row.startswith("step ")]
+    assert any(" raised " in row and " reward 0.000 " in row for row in steps)

@@ -52,9 +52,22 @@ def test_killed_is_as_undisturbed_and_two_ranks_are_as_one(
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     shown = finish(runs.launch(2, words(whole, base, text), cache))
     assert "exact answers, share" in shown and "bits per byte of pretraining text" in shown
+    assert "an answer to a held-out question" in shown and "question='...'" in shown
     log = runs.log(whole)
     assert log[-1]["task_loss"] < json.loads((whole / "before.json").read_text())["task_loss"]
     assert all(row["replay_loss"] > 0 for row in log)
+
+    asked = "Which is larger, 3 or 5?"
+    env = runs.environment(cache)
+    told = {}
+    for key in ("question", "prompt"):
+        words_of = [f"run={whole}", f"{key}={asked}", "max_new_tokens=8"]
+        told[key] = ptm("generate", *words_of, cwd=tmp_path, env=env)
+        assert told[key].code == 0, told[key].err
+    assert asked in told["prompt"].out and asked not in told["question"].out
+    assert told["question"].out.strip()
+    both = ptm("generate", f"run={whole}", "question=a", "prompt=b", cwd=tmp_path, env=env)
+    assert both.code == 2 and "question=a: excludes prompt" in both.err
 
     command = runs.command(2, words(killed, base, text))
     agent = subprocess.Popen(
