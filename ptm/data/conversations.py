@@ -104,7 +104,7 @@ def read_rows(
     source: str,
     config: DataConfig,
     *,
-    key: str = "data.source",
+    key: str,
     is_shown: bool,
     take: Any = messages_of,
 ) -> Iterator[tuple[str, Any]]:

@@ -10,6 +10,7 @@ file and line; the split is by a hash of the prompt, so a prompt is on one side 
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 from collections.abc import Callable, Sequence
@@ -82,7 +83,10 @@ class Maker(NamedTuple):
 
     def prompt(self, where: str, question: str, answer: str) -> Prompt:
         message = [{"role": "user", "content": question}]
-        ids = self.tokenizer.encode(self.template.prompt(message), special=True)
+        try:
+            ids = self.tokenizer.encode(self.template.prompt(message), special=True)
+        except DataError as error:
+            raise BadRow(str(error)) from error
         self._refuse_long(len(ids))
         return Prompt(where, question, answer, ids)
 
@@ -125,7 +129,7 @@ def open_pairs(
                 made.append(maker.pair(one.task, one.question, one.answer, rejected))
         return made
 
-    return _open(source, tasks, count, data, of_row, of_task, seed)
+    return _open("dpo", source, tasks, count, data, of_row, of_task, seed)
 
 
 def open_prompts(
@@ -144,10 +148,11 @@ def open_prompts(
     def of_task(found: list[Example]) -> list[Prompt]:
         return [maker.prompt(one.task, one.question, one.answer) for one in found]
 
-    return _open(source, tasks, count, data, of_row, of_task, seed)
+    return _open("grpo", source, tasks, count, data, of_row, of_task, seed)
 
 
 def _open(
+    section: str,
     source: str,
     tasks: Sequence[str],
     count: int,
@@ -157,14 +162,15 @@ def _open(
     seed: int,
 ) -> Sides:
     if source == TASK_SOURCE:
+        draw = functools.partial(examples, tasks, seed=seed, key=f"{section}.tasks")
         try:
             return Sides(
-                of_task(examples(tasks, count, seed=seed, held_out=False)),
-                of_task(examples(tasks, max(count // 8, 8), seed=seed, held_out=True)),
+                of_task(draw(count, held_out=False)),
+                of_task(draw(max(count // 8, 8), held_out=True)),
             )
         except BadRow as error:
             remedy = "raise train.seq_len, or choose other tasks"
-            raise DataError(line("tasks", ",".join(tasks), str(error), remedy)) from error
+            raise DataError(line(f"{section}.tasks", tasks, str(error), remedy)) from error
     sides = Sides([], [])
 
     def take(values: dict[str, Any]) -> Any:
@@ -172,12 +178,13 @@ def _open(
         is_out = is_held_out(text_hash(prompt.encode()), max(data.eval_fraction, 1e-9))
         return bool(is_out), make("")
 
-    for where, (is_out, made) in read_rows(source, data, is_shown=False, take=take):
+    key = f"{section}.source"
+    for where, (is_out, made) in read_rows(source, data, key=key, is_shown=False, take=take):
         sides[is_out].append(made._replace(where=where))
     for name, side in zip(("train", "held-out"), sides):
         if not side:
             remedy = "add rows, or change data.eval_fraction"
-            raise DataError(line("source", source, f"has no row on the {name} side", remedy))
+            raise DataError(line(key, source, f"has no row on the {name} side", remedy))
     return sides
 
 

@@ -11,6 +11,7 @@ from ptm.data.chat import M32, ChatTemplate
 from ptm.data.config import DataConfig
 from ptm.data.conversations import BadRow, messages_of
 from ptm.data.loader import Loader
+from ptm.data.preferences import Maker, open_pairs, open_prompts
 from ptm.data.sft import PackedRows, chat_template, open_conversations
 from ptm.data.sft_config import TASK_NAMES, SftConfig
 from ptm.data.tasks import EXACT, TASKS, examples
@@ -104,15 +105,40 @@ def test_a_template_may_want_a_system_message(tokenizer: Tokenizer, tmp_path: Pa
         assert template.prompt([{"role": "system", "content": "a"}]) == "a<sep>"
 
 
-def test_sources_are_told_by_their_own_key(tmp_path: Path, tokenizer: Tokenizer):
-    gone, path = tmp_path / "gone.jsonl", tmp_path / "a.jsonl"
+def test_sources_are_told_by_their_own_keys(tmp_path: Path, tokenizer: Tokenizer):
+    data = DataConfig()
+    gone, empty = str(tmp_path / "gone.jsonl"), tmp_path / "empty.jsonl"
+    empty.write_text("")
     with chat_template(SftConfig(), tokenizer, None) as template:
-        section, kinds = SftConfig(source=(str(gone),)), {"most_tokens": 64, "is_shown": False}
-        rule = f"^sft.source={gone}: does not exist; name a folder, a glob or tasks$"
-        with pytest.raises(DataError, match=rule):
-            open_conversations(section, DataConfig(), tokenizer, template, **kinds)
-    with pytest.raises(DataError, match=f"^sft.source={path}: no usable row in 1 rows"):
-        conversations(path, [], tokenizer)
+        maker = Maker(tokenizer, template, 64)
+
+        def sft(source: str):
+            section = SftConfig(source=(source,))
+            kinds = {"most_tokens": 64, "is_shown": False}
+            return open_conversations(section, data, tokenizer, template, **kinds)
+
+        opened = {
+            "sft": sft,
+            "dpo": lambda source: open_pairs(source, (), 1, data, maker, seed=0),
+            "grpo": lambda source: open_prompts(source, (), 1, data, maker, seed=0),
+        }
+        for key, open_source in opened.items():
+            rule = f"^{key}.source={gone}: does not exist; name a folder, a glob or tasks$"
+            with pytest.raises(DataError, match=rule):
+                open_source(gone)
+            with pytest.raises(DataError, match=f"^{key}.source={empty}: no usable row in 1 rows"):
+                open_source(str(empty))
+
+
+def test_a_prompt_that_the_template_refuses_is_a_bad_row(tmp_path: Path, tokenizer: Tokenizer):
+    path, jinja = tmp_path / "prompts.jsonl", tmp_path / "refuses.jinja"
+    path.write_text("".join(json.dumps({"prompt": f"prompt {i}"}) + "\n" for i in range(40)))
+    jinja.write_text("{%- if '7' in messages[0].content %}{{ raise_exception('no') }}{% endif -%}")
+    jinja.write_text(jinja.read_text() + M32)
+    data = DataConfig(max_bad_fraction=0.2, eval_fraction=0.3)
+    with chat_template(SftConfig(template=str(jinja)), tokenizer, None) as template:
+        sides = open_prompts(str(path), (), 1, data, Maker(tokenizer, template, 64), seed=0)
+    assert len(sides.train) + len(sides.held_out) == 40 - 4
 
 
 def test_long_answers_are_cut_and_counted(tmp_path: Path, tokenizer: Tokenizer):
