@@ -26,6 +26,7 @@ from ptm.common.device import peak_flops
 from ptm.common.parse import schema_of
 from ptm.common.plan import Plan
 from ptm.data.corpus import Corpus, open_corpus
+from ptm.inputs import refuse_absent
 from ptm.kernels import native
 from ptm.kernels.linear import product_dtype
 from ptm.kernels.shm import make_port
@@ -67,6 +68,7 @@ def train(recipe: Recipe) -> None:
     if recipe.dry_run:
         say(f"{dump(recipe)}\n{plan.text()}")
         return
+    refuse_absent(recipe)
     say(f"{describe_difference(recipe)}\n\n{plan.text()}")
     with open_run(recipe, plan) as parts:
         if parts.run.state.step < recipe.train.steps:

@@ -32,6 +32,7 @@ ROOMS = {
     "recipe": {"recipe", "recipe_files", "jobs", "run_folder"},
     "wiring": {
         "build",
+        "inputs",
         "modes",
         "parts",
         "policies",

@@ -53,6 +53,7 @@ def find(source: str, key: str = "data.source") -> list[File]:
 
     Raises: DataError when there is none.
     """
+    refuse_missing(source, key)
     if source == PYTHON_STDLIB:
         root = Path(sysconfig.get_paths()["stdlib"])
         outside = {"site-packages", "dist-packages", "__pycache__"}
@@ -66,11 +67,19 @@ def find(source: str, key: str = "data.source") -> list[File]:
         names = [source] if os.path.lexists(source) else glob.glob(source, recursive=True)
         files = [f for name in names for f in _named(Path(name))]
     if not files:
-        is_missing = not glob.has_magic(source) and not os.path.lexists(source)
-        rule = "does not exist" if is_missing else f"holds no file ending in {', '.join(SUFFIXES)}"
-        other = PYTHON_STDLIB if key == "data.source" else "tasks"
-        raise DataError(line(key, source, rule, f"name a folder, a glob or {other}"))
+        raise _nothing(source, key, f"holds no file ending in {', '.join(SUFFIXES)}")
     return sorted(files)
+
+
+def refuse_missing(source: str, key: str = "data.source") -> None:
+    """Raise DataError where a source is the path of nothing."""
+    if source != PYTHON_STDLIB and not glob.has_magic(source) and not os.path.lexists(source):
+        raise _nothing(source, key, "does not exist")
+
+
+def _nothing(source: str, key: str, rule: str) -> DataError:
+    other = PYTHON_STDLIB if key == "data.source" else "tasks"
+    return DataError(line(key, source, rule, f"name a folder, a glob or {other}"))
 
 
 def cut(files: list[File], target_bytes: int) -> Iterator[Piece]:
