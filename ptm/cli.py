@@ -100,7 +100,10 @@ VERBS = {
         {"verify": ("ptm.export.config:VerifyConfig", "action export run")},
     ),
     "data": Verb(
-        "Prepare or check the text of a recipe.", "ptm.jobs:DataJob", "ptm.verbs:data", ("action",)
+        "Prepare, check or show the text or rows of a recipe.",
+        "ptm.jobs:DataJob",
+        "ptm.verbs_data:data",
+        ("action",),
     ),
     "report": Verb(
         "One HTML file about a run.", "ptm.jobs:ReportJob", "ptm.verbs:report", ("run",)

@@ -23,7 +23,6 @@ from ptm.common.device import best_device
 from ptm.common.errors import CheckpointError, RecipeError, StorageError, line
 from ptm.common.units import format_bytes
 from ptm.common.values import show
-from ptm.data import job as data_job
 from ptm.data.config import DataConfig
 from ptm.data.corpus import Corpus, open_corpus
 from ptm.data.sft import chat_template
@@ -40,7 +39,6 @@ from ptm.export.quantize import BF16, check_sizes, grid_of
 from ptm.export.size import kinds_of
 from ptm.jobs import (
     BenchJob,
-    DataJob,
     DecodeBenchJob,
     EvalJob,
     GenerateJob,
@@ -260,19 +258,6 @@ def held_out_text(
         is_all_held_out=is_whole,
     )
     return corpus, seq_len
-
-
-def data(job: DataJob) -> None:
-    """prepare, check or show the text of a recipe."""
-    data_job.run(
-        job.action,
-        job.data,
-        vocab_size=job.model.vocab_size,
-        seq_len=job.train.seq_len,
-        seed=job.train.seed,
-        isolate_documents=job.model.isolate_documents,
-        row=job.row,
-    )
 
 
 def report(job: ReportJob) -> None:

@@ -38,6 +38,7 @@ ROOMS = {
         "policies",
         "tuning",
         "verbs",
+        "verbs_data",
         "verbs_export",
         "bench",
         "cli",

@@ -10,7 +10,7 @@ begins with the user and ends with the assistant. Anything else is a bad row, to
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from ptm.common.errors import DataError, line
@@ -26,6 +26,12 @@ ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assi
 WHOLE_FILE = 1 << 62
 
 Messages = list[dict[str, str]]
+OnBad = Callable[[str, str, int], None]
+"""Is told `file:line`, why the row is bad, and how many rows from there on are."""
+
+
+def ignore(where: str, reason: str, num_rows: int) -> None:
+    """Bad rows are counted by who reads, and need no more."""
 
 
 class Conversation(NamedTuple):
@@ -107,12 +113,13 @@ def read_rows(
     key: str,
     is_shown: bool,
     take: Any = messages_of,
+    on_bad: OnBad = ignore,
 ) -> Iterator[tuple[str, Any]]:
     """`file:line` and what `take` makes of each row of a source, which `key` names; bad rows by
     data.bad_rows.
 
-    `take` raises BadRow. Raises: DataError at the end of the source where more rows are bad than
-    the recipe accepts, or none is good.
+    `take` raises BadRow; `on_bad` is told each bad row. Raises: DataError at the end of the source
+    where more rows are bad than the recipe accepts, or none is good.
     """
     totals, bad = Totals(), []
     files = find(source, key)
@@ -130,6 +137,7 @@ def read_rows(
                     num_rows = row.num_rows if isinstance(row, Bad) else 1
                     totals = totals.plus(Totals(bad_rows=num_rows))
                     bad = bad or [(piece.file.path, row.line, reason)]
+                    on_bad(f"{piece.file.path}:{row.line}", reason, num_rows)
                     continue
                 totals = totals.plus(Totals(documents=1))
                 yield f"{piece.file.path}:{row.line}", taken
@@ -137,10 +145,12 @@ def read_rows(
     refuse_bad(config, source, totals, bad, key)
 
 
-def read_conversations(source: str, config: DataConfig, *, is_shown: bool) -> list[Conversation]:
+def read_conversations(
+    source: str, config: DataConfig, *, is_shown: bool, on_bad: OnBad = ignore
+) -> list[Conversation]:
     """All conversations of a source. Raises: DataError."""
     if source.endswith(".txt"):
         remedy = "give .jsonl or .parquet files, or `tasks`"
         raise DataError(line("sft.source", source, "holds no conversations", remedy))
-    rows = read_rows(source, config, key="sft.source", is_shown=is_shown)
+    rows = read_rows(source, config, key="sft.source", is_shown=is_shown, on_bad=on_bad)
     return [Conversation(*row) for row in rows]

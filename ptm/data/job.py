@@ -7,6 +7,7 @@ show      print a row as the model gets it: documents apart, labels without loss
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
@@ -20,6 +21,7 @@ from ptm.data.progress import BytesDone
 from ptm.data.reader import Bad, Reader
 from ptm.data.shard import Totals
 from ptm.data.source import cut, find
+from ptm.data.tokenizer import Tokenizer
 
 PIECE_BYTES = 1 << 62  # whole files: one process reads in order
 
@@ -101,7 +103,6 @@ def show(rows: Rows, corpus: Corpus, row: int, console: Console) -> None:
     learned = [False, *batch.loss_mask[0].tolist()]  # the first token is nobody's label
     documents = batch.document_ids[0].tolist()
     documents.append(documents[-1] + (tokens[-2] == corpus.tokenizer.eod_id))
-    names = {i: name for name, i in corpus.tokenizer.specials.items()}
     console.print(
         f"row {row}: row {number} of epoch {epoch} of {stream.name}; {len(tokens)} tokens, "
         f"{documents[-1] + 1} documents, {sum(learned)} labels with loss, dim ones without",
@@ -109,11 +110,23 @@ def show(rows: Rows, corpus: Corpus, row: int, console: Console) -> None:
     )
     start = 0
     for i in range(1, len(tokens) + 1):
-        at_end = i == len(tokens) or documents[i] != documents[start]
+        if i == len(tokens) or documents[i] != documents[start]:
+            title = f"document {documents[start]}"
+            show_tokens(title, tokens[start:i], learned[start:i], corpus.tokenizer, console)
+            start = i
+
+
+def show_tokens(
+    title: str, tokens: Any, learned: Sequence[bool], tokenizer: Tokenizer, console: Console
+) -> None:
+    """Print one document under its title; a token that is not learned is dim."""
+    names = {i: name for name, i in tokenizer.specials.items()}
+    console.rule(Text(title), style="cyan")
+    start = 0
+    for i in range(1, len(tokens) + 1):
+        at_end = i == len(tokens)
         if at_end or learned[i] != learned[start] or tokens[i] in names or tokens[i - 1] in names:
-            if start == 0 or documents[start] != documents[start - 1]:
-                console.rule(f"document {documents[start]}", style="cyan")
-            text = names.get(int(tokens[start])) or corpus.tokenizer.decode(tokens[start:i])
+            text = names.get(int(tokens[start])) or tokenizer.decode(tokens[start:i])
             console.print(Text(text, "" if learned[start] else "dim"), end="\n" if at_end else "")
             start = i
 

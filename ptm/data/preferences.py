@@ -24,7 +24,7 @@ import xxhash
 from ptm.common.errors import CheckpointError, DataError, line
 from ptm.data.chat import ChatTemplate
 from ptm.data.config import DataConfig
-from ptm.data.conversations import BadRow, read_rows
+from ptm.data.conversations import BadRow, OnBad, ignore, read_rows
 from ptm.data.loader import RowId
 from ptm.data.mixture import permutation
 from ptm.data.pack import Batch
@@ -108,7 +108,14 @@ class Maker(NamedTuple):
 
 
 def open_pairs(
-    source: str, tasks: Sequence[str], count: int, data: DataConfig, maker: Maker, *, seed: int
+    source: str,
+    tasks: Sequence[str],
+    count: int,
+    data: DataConfig,
+    maker: Maker,
+    *,
+    seed: int,
+    on_bad: OnBad = ignore,
 ) -> Sides:
     """Preference pairs of a file, or `count` of the built-in tasks. Raises: DataError."""
 
@@ -129,11 +136,18 @@ def open_pairs(
                 made.append(maker.pair(one.task, one.question, one.answer, rejected))
         return made
 
-    return _open("dpo", source, tasks, count, data, of_row, of_task, seed)
+    return _open("dpo", source, tasks, count, data, of_row, of_task, seed, on_bad)
 
 
 def open_prompts(
-    source: str, tasks: Sequence[str], count: int, data: DataConfig, maker: Maker, *, seed: int
+    source: str,
+    tasks: Sequence[str],
+    count: int,
+    data: DataConfig,
+    maker: Maker,
+    *,
+    seed: int,
+    on_bad: OnBad = ignore,
 ) -> Sides:
     """Prompts of a file, or `count` of the built-in tasks. Raises: DataError."""
 
@@ -148,7 +162,7 @@ def open_prompts(
     def of_task(found: list[Example]) -> list[Prompt]:
         return [maker.prompt(one.task, one.question, one.answer) for one in found]
 
-    return _open("grpo", source, tasks, count, data, of_row, of_task, seed)
+    return _open("grpo", source, tasks, count, data, of_row, of_task, seed, on_bad)
 
 
 def _open(
@@ -160,6 +174,7 @@ def _open(
     of_row: Callable[[dict[str, Any]], tuple[str, Callable[[str], Made]]],
     of_task: Callable[[list[Example]], list[Made]],
     seed: int,
+    on_bad: OnBad,
 ) -> Sides:
     if source == TASK_SOURCE:
         draw = functools.partial(examples, tasks, seed=seed, key=f"{section}.tasks")
@@ -179,7 +194,8 @@ def _open(
         return bool(is_out), make("")
 
     key = f"{section}.source"
-    for where, (is_out, made) in read_rows(source, data, key=key, is_shown=False, take=take):
+    rows = read_rows(source, data, key=key, is_shown=False, take=take, on_bad=on_bad)
+    for where, (is_out, made) in rows:
         sides[is_out].append(made._replace(where=where))
     for name, side in zip(("train", "held-out"), sides):
         if not side:

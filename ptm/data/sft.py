@@ -29,7 +29,7 @@ import torch
 from ptm.common.errors import DataError, RecipeError, line
 from ptm.data.chat import TEMPLATES, ChatTemplate, TemplateError
 from ptm.data.config import DataConfig
-from ptm.data.conversations import Conversation, read_conversations
+from ptm.data.conversations import Conversation, OnBad, ignore, read_conversations
 from ptm.data.loader import RowId
 from ptm.data.mixture import permutation
 from ptm.data.pack import Batch
@@ -70,15 +70,17 @@ def open_conversations(
     *,
     most_tokens: int,
     is_shown: bool,
+    on_bad: OnBad = ignore,
 ) -> Conversations:
-    """Read, encode, cut and split. most_tokens: of a conversation; is_shown: a progress bar.
+    """Read, encode, cut and split. most_tokens: of a conversation; is_shown: a progress bar;
+    on_bad: is told each bad row.
 
     Raises: DataError, naming file and line of a row.
     """
     sides: tuple[list[Encoded], list[Encoded]] = ([], [])
     num_cut = 0
     for source in sft.source:
-        found, held_out = _read(source, sft, data, is_shown)
+        found, held_out = _read(source, sft, data, is_shown, on_bad)
         totals, bad, faults = Totals(), [], []
         with ThingsDone(f"encoding {source}", len(found), is_shown=is_shown) as bar:
             for conversation, is_out in zip(found, held_out):
@@ -87,7 +89,9 @@ def open_conversations(
                 if isinstance(one, DataError):
                     totals = totals.plus(Totals(bad_rows=1))
                     path, _, number = conversation.where.rpartition(":")
-                    bad = bad or [(path, number, " ".join(str(one).split()))]
+                    reason = " ".join(str(one).split())
+                    bad = bad or [(path, number, reason)]
+                    on_bad(conversation.where, reason, 1)
                     faults += [one.rule] if isinstance(one, TemplateError) else []
                     continue
                 totals = totals.plus(Totals(documents=1))
@@ -105,7 +109,7 @@ def open_conversations(
 
 
 def _read(
-    source: str, sft: SftConfig, data: DataConfig, is_shown: bool
+    source: str, sft: SftConfig, data: DataConfig, is_shown: bool, on_bad: OnBad
 ) -> tuple[list[Conversation], list[bool]]:
     """Conversations of a source, and which of them are held out."""
     if source == TASK_SOURCE:
@@ -116,7 +120,7 @@ def _read(
             for i, example in enumerate(examples(sft.tasks, count, seed=0, held_out=is_out))
         ]
         return [one for one, _ in found], [is_out for _, is_out in found]
-    read = read_conversations(source, data, is_shown=is_shown)
+    read = read_conversations(source, data, is_shown=is_shown, on_bad=on_bad)
     hashes = [text_hash(json.dumps(one.messages, sort_keys=True).encode()) for one in read]
     return read, [bool(is_held_out(one, data.eval_fraction)) for one in hashes]
 
