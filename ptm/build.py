@@ -218,7 +218,8 @@ def finish(recipe: Recipe, parts: Parts) -> None:
     say(f"{name}: {told:.4f} at best" if told is not None else "not evaluated")
     if parts.mode.finish is not None:
         parts.mode.finish()
-    tokenizer, asked = parts.corpus.tokenizer, parts.mode.asked
+    tokenizer = parts.corpus.tokenizer
+    asked = [i for i in parts.mode.asked if i >= 0]  # stream_text puts soft tokens before it
     sample, more = SAMPLE, "prompt='import '"
     if asked:
         shown = f"{tokenizer.decode(asked)}\n-> "
