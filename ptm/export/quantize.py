@@ -19,7 +19,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,37 +27,19 @@ from torch import Tensor
 from ptm.checkpoint import hf_config, quant_config
 from ptm.checkpoint.hf import INDEX
 from ptm.checkpoint.manifest import write_file
-from ptm.common.errors import CheckpointError, DataError, RecipeError, line
-from ptm.engine.split import split
+from ptm.common.errors import DataError, RecipeError, line
 from ptm.export.calibrate import Text, choose_rows, share_of
 from ptm.export.card import model_card
-from ptm.export.config import ExportConfig, ExportFormat, Method
+from ptm.export.config import ExportConfig, ExportFormat
 from ptm.export.crew import Crew
+from ptm.export.layer import Advance, Layer, Record, format_of
 from ptm.export.partial import Partial
-from ptm.export.stages import Stage
 from ptm.export.walk import Walk
-from ptm.quant.gptq import GptqOptions, Hessian, factorize, one_thread, relative_error, solve
-from ptm.quant.grid import Grid, GridKind, Quantized, round_to_nearest
-from ptm.quant.pack import Format, to_tensors
+from ptm.quant.grid import Grid, GridKind
 
 BF16 = 16
-Advance = Callable[[str], None]
 RowsOf = Callable[[int], tuple[Tensor, Tensor]]
 """`rows_of(n)`: ids and document ids of n rows of calibration text, (n, L) each."""
-
-
-class Record(NamedTuple):
-    """What was found of one linear. rows: that its codes were fitted to; own: of an expert, those
-    that it was chosen for; error: relative, of its outputs on calibration text."""
-
-    name: str
-    bits: int
-    group: int
-    error: float | None
-    nearest: float | None
-    rows: int
-    own: int | None
-    damping: float | None
 
 
 def grid_of(
@@ -70,27 +52,11 @@ def grid_of(
     return Grid(kind, config.group, config.symmetric, scale_dtype)
 
 
-def format_of(config: ExportConfig) -> Format:
-    """How codes are stored. Without symmetry gptq is gptq_v2: v1 has no zero of 0, and GPTQModel
-    refuses such files of others."""
-    if config.format is ExportFormat.gptq and not config.symmetric:
-        return Format.gptq_v2
-    return Format(config.format)
-
-
 def out_of(config: ExportConfig) -> Path:
     if config.out is not None:
         return Path(config.out)
     bits = config.width if config.size is None else config.size
     return Path(config.run) / "export" / f"{config.format}-{bits}"
-
-
-def working_weight(master: Tensor) -> Tensor:
-    """What the paged engine's forward has of an fp32 master in bf16: its upper half."""
-    weight = torch.empty_like(master, dtype=torch.bfloat16)
-    rest = torch.empty_like(master, dtype=torch.int16)
-    split(master.clone(), weight, rest)
-    return weight.float()
 
 
 def check_sizes(linears: Mapping[str, tuple[int, int]], config: ExportConfig) -> None:
@@ -140,7 +106,7 @@ def export(
     if partial.num_done and twin_rows is not None:
         twin_rows = _resumed(partial, "twin")
     for layer in range(partial.num_done, walk.num_layers):
-        made = _Layer(config, walk, layer, grids, advance, crew)
+        made = Layer(config, walk, layer, grids, advance, crew)
         if text is not None and rows is not None:
             rows, twin_rows = made.calibrate(rows, twin_rows, text)
         else:
@@ -158,174 +124,6 @@ def export(
         return records
 
     return out, [Record(*values) for values in crew.on_main(finish)]
-
-
-class _Layer:
-    """One layer: its codes as they are found, on each rank its own."""
-
-    def __init__(
-        self,
-        config: ExportConfig,
-        walk: Walk,
-        index: int,
-        grids: Mapping[str, Grid],
-        advance: Advance,
-        crew: Crew,
-    ) -> None:
-        self.config, self.walk, self.crew = config, walk, crew
-        self.index, self.advance = index, advance
-        self.prefix = f"model.layers.{index}."
-        self.grids = {n: grid for n, grid in grids.items() if n.startswith(self.prefix)}
-        self.codes: dict[str, Quantized] = {}
-        self.records: list[Record] = []
-        self.options = GptqOptions(
-            damping=config.damping,
-            candidates=config.candidates,
-            descents=config.descents,
-            alpha=config.alpha,
-        )
-
-    def round(self) -> None:
-        """Without text: every linear to the nearest codes, of the weights that forwards saw."""
-        is_trained = self.config.method is Method.trained
-        for i, (name, grid) in enumerate(self.grids.items()):
-            if not self.crew.is_mine(i):
-                continue
-            weight = self._weight(name)
-            weight = working_weight(weight) if is_trained else weight
-            self._keep(name, round_to_nearest(weight, grid), None, 0, None)
-
-    def calibrate(
-        self, rows: list[Tensor], twin_rows: list[Tensor] | None, text: Text
-    ) -> tuple[list[Tensor], list[Tensor] | None]:
-        """Quantize by what the inputs are; the rows of the next layer."""
-        walk = self.walk
-        share = share_of(text.num_tokens, walk.num_experts, walk.experts_per_token)
-        stages = walk.stages(
-            self.index, rows, text, self.crew, twin_rows=twin_rows, least_rows=share
-        )
-        try:
-            while True:
-                self._stage(next(stages))
-        except StopIteration as stop:
-            return stop.value.rows, stop.value.twin_rows
-
-    def _stage(self, stage: Stage) -> None:
-        wanted = {n: w for n, w in stage.linears.items() if self.prefix + n in self.grids}
-        if not wanted:
-            return
-        num_inputs = next(iter(wanted.values())).shape[1]
-        hessian, cross = self._hessian(stage, num_inputs), self._cross(stage, num_inputs)
-        mine = wanted
-        if stage.shared is not None:
-            names = [name for i, name in enumerate(wanted) if self.crew.is_mine(i)]
-            mine = {name: wanted[name] for name in names}
-        self._solve(mine, hessian, cross, stage.own_rows)
-        if stage.shared is not None:
-            for name, weight in self.crew.exchange(mine).items():
-                if name not in mine:
-                    wanted[name].copy_(weight)
-
-    def _solve(
-        self, linears: dict[str, Tensor], hessian: Hessian, cross: Tensor | None, own: int | None
-    ) -> None:
-        """Codes for linears that read the same; their weights become what the codes say."""
-        if not linears:
-            return
-        try:
-            factor = factorize(hessian.mean(), self.options)
-        except ValueError as error:
-            name = self.prefix + next(iter(linears))
-            raise CheckpointError(line("linear", name, f"{error}", "look at the model")) from None
-        for name, parameter in linears.items():
-            whole = self.prefix + name
-            weight, grid = self._weight(whole), self.grids[whole]
-            solved = solve(weight, factor, grid, self.options, cross_KK=cross)
-            parameter.copy_(solved.quantized.dequantize())
-            nearest = round_to_nearest(weight, grid).dequantize()
-            before = relative_error(weight, nearest, factor.mean_KK)
-            damping = None if solved.damping == self.options.damping else solved.damping
-            found = (solved.error, before)
-            self._keep(whole, solved.quantized, found, hessian.num_rows, own, damping)
-
-    def _hessian(self, stage: Stage, num_inputs: int) -> Hessian:
-        def part(batches: slice) -> Hessian:
-            found = Hessian(num_inputs)
-            for x in stage.inputs[batches]:
-                found.add(x)
-            return found
-
-        if stage.shared is None:
-            return part(slice(None))
-        whole = Hessian(num_inputs)
-        whole.sum_KK = self.crew.sum(stage.shared.batches, lambda batches: part(batches).sum_KK)
-        whole.num_rows = stage.shared.rows
-        return whole
-
-    def _cross(self, stage: Stage, num_inputs: int) -> Tensor | None:
-        """Mean of (wanted - input) input^T, for GPTAQ."""
-        wanted, shared = stage.wanted, stage.shared
-        if wanted is None:
-            return None
-
-        @one_thread()
-        def part(batches: slice) -> Tensor:
-            total = torch.zeros(num_inputs, num_inputs)
-            for x, y in zip(stage.inputs[batches], wanted[batches]):
-                x, y = (rows.reshape(-1, num_inputs).float() for rows in (x, y))
-                total += (y - x).t() @ x
-            return total
-
-        if shared is not None:
-            return self.crew.sum(shared.batches, part) / max(shared.rows, 1)
-        return part(slice(None)) / max(sum(x[..., 0].numel() for x in stage.inputs), 1)
-
-    def _weight(self, name: str) -> Tensor:
-        return self.walk.read(f"{name}.weight").float()
-
-    def _keep(
-        self,
-        name: str,
-        codes: Quantized,
-        errors: tuple[float, float] | None,
-        rows: int,
-        own: int | None,
-        damping: float | None = None,
-    ) -> None:
-        self.codes[name] = codes
-        error, nearest = errors or (None, None)
-        grid = codes.grid
-        made = Record(name, grid.bits, grid.group, error, nearest, rows, own, damping)
-        self.records.append(made)
-        self.advance(name)
-
-    def gathered(self) -> tuple[dict[str, dict[str, Tensor]], list[Record]]:
-        """Of all linears of the layer, whoever had them: what a file holds, and what was found."""
-        format, packed = format_of(self.config), {}
-        for name, codes in self.codes.items():
-            packed |= {f"{name}.{suffix}": t for suffix, t in to_tensors(codes, format).items()}
-        found: dict[str, dict[str, Tensor]] = {name: {} for name in self.grids}
-        for key, tensor in self.crew.exchange(packed).items():
-            name, _, suffix = key.rpartition(".")
-            found[name][suffix] = tensor
-        every = [Record(*r) for of_rank in self.crew.peers.gather(self.records) for r in of_rank]
-        for record in every:
-            if record.name not in self.codes:
-                self.advance(record.name)
-        place = {name: i for i, name in enumerate(self.grids)}
-        return found, sorted(every, key=lambda record: place[record.name])
-
-    def tensors(self, packed: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """All tensors of the layer as the file has them."""
-        found: dict[str, Tensor] = {}
-        for name in self.walk.names():
-            if name.startswith(self.prefix):
-                module = name.removesuffix(".weight")
-                if module in packed:
-                    found |= {f"{module}.{suffix}": t for suffix, t in packed[module].items()}
-                else:
-                    found[name] = self.walk.read(name).to(self.walk.dtype)
-        return found
 
 
 def _text(

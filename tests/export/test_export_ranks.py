@@ -17,9 +17,10 @@ from ptm.checkpoint.hf import Opened
 from ptm.export.card import expert_of, starved
 from ptm.export.config import ExportConfig, ExportFormat, Method
 from ptm.export.crew import SPANS, Crew
+from ptm.export.layer import Record
 from ptm.export.m32 import M32
 from ptm.export.ordinary import OrdinaryWalk
-from ptm.export.quantize import Record, export
+from ptm.export.quantize import export
 from ptm.mesh.peers import Peers
 from ptm.model.transformer import Transformer
 from tests.export.test_quantize import MODEL, Weights, files_of, rows_of

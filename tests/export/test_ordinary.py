@@ -14,8 +14,9 @@ from ptm.checkpoint.dequant import QuantSource
 from ptm.checkpoint.hf import open_weights
 from ptm.common.errors import CheckpointError
 from ptm.export.config import ExportConfig, ExportFormat, Method
+from ptm.export.layer import Record
 from ptm.export.ordinary import OrdinaryWalk
-from ptm.export.quantize import Record, export
+from ptm.export.quantize import export
 
 GPTQ, CT, FP6 = ExportFormat.gptq, ExportFormat.compressed_tensors, ExportFormat.fp6
 

@@ -19,8 +19,9 @@ from ptm.export.calibrate import choose_rows
 from ptm.export.card import starved
 from ptm.export.config import ConvertConfig, ExportConfig, ExportFormat, Fp6, Layers, Method, Target
 from ptm.export.convert import convert
+from ptm.export.layer import Layer, Record
 from ptm.export.m32 import M32, linears_of
-from ptm.export.quantize import Record, export
+from ptm.export.quantize import export
 from ptm.model.config import ModelConfig
 from ptm.model.transformer import Transformer
 from ptm.quant.grid import round_to_nearest
@@ -94,17 +95,17 @@ def files_of(folder: Path) -> dict[str, bytes]:
 )
 def test_export_reads_back_as_what_was_solved(opened: Opened, tmp_path: Path, keys: dict) -> None:
     solved = {}
-    keep = quantize._Layer._keep
+    keep = Layer._keep
 
     def spy(self, name, codes, *more):
         solved[name] = codes
         keep(self, name, codes, *more)
 
-    quantize._Layer._keep = spy
+    Layer._keep = spy
     try:
         out, records = run(opened, tmp_path / "out", **keys)
     finally:
-        quantize._Layer._keep = keep
+        Layer._keep = keep
     again = open_hf(out)
     assert again.quantized is not None
     layers = keys.get("layers", Layers.default)

@@ -13,8 +13,9 @@ from ptm.checkpoint.hf import Opened
 from ptm.common.errors import RecipeError
 from ptm.export.allocate import fit, prior
 from ptm.export.config import ExportConfig, ExportFormat, Method
+from ptm.export.layer import format_of
 from ptm.export.m32 import M32, linears_of
-from ptm.export.quantize import export, format_of, grid_of
+from ptm.export.quantize import export, grid_of
 from ptm.export.size import kinds_of, stored_bytes
 from ptm.jobs import PlanExportJob
 from ptm.model.transformer import Transformer

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ptm.engine.split import join, split
-from ptm.export.quantize import working_weight
+from ptm.export.layer import working_weight
 from ptm.model.config import ModelConfig
 from ptm.model.experts import Experts
 from ptm.quant.fake_quant import fake_quant, plain, quantize_experts, quantize_linear
