@@ -52,7 +52,7 @@ from ptm.recipe import Recipe, describe_difference, dump, load_recipe
 from ptm.recipe_files import shipped
 from ptm.report.html import write_report
 from ptm.serve.generator import Sampling, stream_text
-from ptm.trainer.config import TrainConfig
+from ptm.trainer.config import BY_TOKEN, TrainConfig
 from ptm.trainer.loop import Run, fit
 from ptm.trainer.metrics import Metrics
 from ptm.tuning import base_tokenizer
@@ -94,6 +94,7 @@ def make_plan(
         recipe.engine,
         recipe.checkpoint,
         recipe.adapter,
+        has_log_probs=recipe.mode in BY_TOKEN,
         ranks=ranks or env.ranks(),
         hardware=hardware,
         folders=hardware_folders(),

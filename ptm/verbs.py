@@ -58,6 +58,7 @@ from ptm.planner.hardware import counted
 from ptm.recipe import Recipe, difference, load_recipe
 from ptm.report.html import write_report
 from ptm.serve.generator import Sampling, stream_text
+from ptm.trainer.config import BY_TOKEN
 
 
 class TextJob(Protocol):
@@ -102,6 +103,7 @@ def plan(job: PlanJob | PlanExportJob) -> None:
             job.engine,
             job.checkpoint,
             job.adapter,
+            has_log_probs=job.mode in BY_TOKEN,
             ranks=ranks,
             hardware=job.hardware,
             folders=hardware_folders(),

@@ -42,26 +42,39 @@ class _LinearLogProbs(torch.autograd.Function):
         for rows in _chunks(len(x), len(weight)):
             z = _logits(x[rows], weight, temperature)
             out[rows] = z.gather(1, labels[rows, None]).squeeze(1) - z.logsumexp(-1)
+            del z  # before the next chunk's
         return out
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         x, weight, labels = ctx.saved_tensors
         grad_x = torch.empty_like(x)
-        grad_weight = torch.zeros_like(weight, dtype=grad.dtype)
+        is_trained = ctx.needs_input_grad[1]
+        grad_weight = torch.zeros_like(weight, dtype=grad.dtype) if is_trained else None
         for rows in _chunks(len(x), len(weight)):
-            # d log p_y / d z = onehot(y) - p
-            g_T1 = grad[rows, None] / ctx.temperature
-            p = _logits(x[rows], weight, ctx.temperature).softmax(-1).mul_(-g_T1)
-            g = p.scatter_add_(1, labels[rows, None], g_T1).to(x.dtype)
+            g = _by_logits(
+                x[rows], weight, labels[rows], grad[rows] / ctx.temperature, ctx.temperature
+            )
             grad_x[rows] = matmul(g, weight)
-            grad_weight += matmul(g.t(), x[rows])
-        return grad_x, grad_weight.to(weight.dtype), None, None
+            if grad_weight is not None:
+                grad_weight += matmul(g.t(), x[rows])
+            del g
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(weight.dtype)
+        return grad_x, grad_weight, None, None
+
+
+def _by_logits(
+    x: Tensor, weight: Tensor, labels: Tensor, grad: Tensor, temperature: float
+) -> Tensor:
+    """grad times d log p_label / d logits = onehot(label) - p, in x's type."""
+    p = _logits(x, weight, temperature).softmax(-1).mul_(-grad[:, None])
+    return p.scatter_add_(1, labels[:, None], grad[:, None]).to(x.dtype)
 
 
 def _logits(x: Tensor, weight: Tensor, temperature: float) -> Tensor:
     logits = matmul(x, weight.t())
-    return logits.to(torch.promote_types(x.dtype, torch.float32)) / temperature
+    return logits.to(torch.promote_types(x.dtype, torch.float32)).div_(temperature)
 
 
 def _chunks(num_tokens: int, vocab_size: int) -> list[slice]:

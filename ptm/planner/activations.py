@@ -69,6 +69,8 @@ def _loss(job: Job) -> int:
     m, c, T = job.model, job.compute_bytes, job.micro_rows * job.seq_len
     V = m.vocab_size
     most = loss_kernel.chunk_tokens(V)
+    if job.has_log_probs:
+        return _log_probs(job, min(T, most))
     chunk = min(T, most // 2 if _is_widened(job) else most)
     slices = 2 * min(max(1, loss_kernel.SLICE_LOGITS // V), chunk) * V * FP32
     head = 0 if _is_frozen(job) else V * m.hidden_size
@@ -77,6 +79,14 @@ def _loss(job: Job) -> int:
         products = (2 * chunk * m.hidden_size + words + min(head, words)) * FP32
         return chunk * V * FP32 + max(slices, products)
     return chunk * V * c + max(slices, head * c + _widened(job, head))
+
+
+def _log_probs(job: Job, chunk: int) -> int:
+    """Of ptm/kernels/log_probs.py: a chunk's logits and probabilities in fp32, then the gradient of
+    its logits and what they add to the head's."""
+    m, c = job.model, job.compute_bytes
+    numel, head = chunk * m.vocab_size, 0 if _is_frozen(job) else m.vocab_size * m.hidden_size
+    return max(2 * numel * FP32, numel * c + head * c + _widened(job, head))
 
 
 def _is_widened(job: Job) -> bool:

@@ -56,6 +56,7 @@ def plan_run(
     checkpoint: CheckpointSection,
     adapter: AdapterConfig = ALL_WEIGHTS,
     *,
+    has_log_probs: bool = False,
     ranks: Ranks,
     hardware: str | None = None,
     folders: Sequence[Path] = (),
@@ -76,6 +77,7 @@ def plan_run(
         engine,
         checkpoint,
         adapter,
+        has_log_probs=has_log_probs,
         ranks=ranks,
         hardware=hardware,
         folders=folders,
@@ -85,7 +87,12 @@ def plan_run(
         sizes = (
             (
                 words,
-                job_of(m, t, engine, checkpoint, adapter, ranks=ranks.world, device=machine.device),
+                job_of(
+                    *(m, t, engine, checkpoint, adapter),
+                    has_log_probs=has_log_probs,
+                    ranks=ranks.world,
+                    device=machine.device,
+                ),
             )
             for words, m, t in others
         )
@@ -100,6 +107,7 @@ def settle(
     checkpoint: CheckpointSection,
     adapter: AdapterConfig = ALL_WEIGHTS,
     *,
+    has_log_probs: bool = False,
     ranks: Ranks,
     hardware: str | None = None,
     folders: Sequence[Path] = (),
@@ -108,7 +116,10 @@ def settle(
     """The job and the machine of a plan, with the machine's speed where that is known."""
     machine = _machine(ranks, hardware, folders, engine)
     wanted = job_of(
-        model, train, engine, checkpoint, adapter, ranks=ranks.world, device=machine.device
+        *(model, train, engine, checkpoint, adapter),
+        has_log_probs=has_log_probs,
+        ranks=ranks.world,
+        device=machine.device,
     )
     if hardware is None:
         machine = with_speed(machine, wanted, may_measure=may_measure, ssd_path=_path(engine))
@@ -134,6 +145,7 @@ def job_of(
     checkpoint: CheckpointSection,
     adapter: AdapterConfig = ALL_WEIGHTS,
     *,
+    has_log_probs: bool = False,
     ranks: int,
     device: str,
 ) -> Job:
@@ -169,6 +181,7 @@ def job_of(
         has_ssd=engine.ssd_path is not None,
         journal_every=engine.journal_every,
         adapter=adapter,
+        has_log_probs=has_log_probs,
     )
 
 

@@ -47,6 +47,8 @@ class Job:
     """Steps between two commits of the ssd tier."""
     adapter: AdapterConfig = ALL_WEIGHTS
     """What is trained, where it is not all."""
+    has_log_probs: bool = False
+    """Whether the loss is of each token's log-probability (dpo, grpo), not of their sum."""
 
     @property
     def compute_bytes(self) -> int:

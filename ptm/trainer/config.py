@@ -14,6 +14,10 @@ class ObjectiveKind(Choice):
     grpo = "grpo"
 
 
+BY_TOKEN = (ObjectiveKind.dpo, ObjectiveKind.grpo)
+"""Modes whose loss is of each token's log-probability."""
+
+
 class Schedule(Choice):
     cosine = "cosine"
     constant = "constant"

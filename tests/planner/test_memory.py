@@ -16,10 +16,12 @@ from ptm.engine.engine import PagedEngine
 from ptm.kernels import loss as loss_kernel
 from ptm.mesh.mesh import Mesh
 from ptm.model.config import ModelConfig, RouterKind, Scale
-from ptm.model.lora_config import AdapterConfig, AdapterKind
+from ptm.model.lora_config import ALL_WEIGHTS, AdapterConfig, AdapterKind
 from ptm.planner import states
 from ptm.planner.activations import activations
 from ptm.planner.job import Job
+from ptm.trainer.objectives import Loss, PairBatch, preferring, pretrain
+from ptm.trainer.policy_config import DpoConfig
 from tests.support.allocator import count_bytes
 from tests.support.mesh import mesh_of_test
 from tests.support.paged import make_engine
@@ -112,13 +114,19 @@ def loss_by_torch():
         yield
 
 
+def loss_of(model: nn.Module, batch: Batch, job: Job) -> Loss:
+    if job.has_log_probs:
+        return preferring(DpoConfig())(model, PairBatch(batch, torch.zeros(batch.labels.shape)))
+    with loss_by_torch():
+        return pretrain(model, batch)
+
+
 def train(engine: PagedEngine, job: Job, num_micro_batches: int = 2) -> None:
     soft = len(engine.model.soft_ids)
     batch = make_batch(job.model.vocab_size, job.micro_rows, job.seq_len, soft)
     engine.model.train()
     for i in range(num_micro_batches):
-        with loss_by_torch():
-            loss = engine.model.loss(batch)
+        loss = loss_of(engine.model, batch, job)
         is_last = i == num_micro_batches - 1
         engine.backward(loss.total, is_last=is_last, tokens=loss.tokens, lr=1e-3)
         nll_sum, tokens = loss.nll_sum.detach(), loss.tokens
@@ -211,6 +219,22 @@ def test_low_rank_changes_beside_frozen_weights(
     planned, found = predict(job), measure(job, mesh)
     assert planned["states"] == pytest.approx(found["states"], rel=0.005)
     assert total(planned) == pytest.approx(total(found), rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "size, precision, adapter",
+    [
+        ("layers", "bf16", ALL_WEIGHTS),
+        ("vocab", "fp32", ALL_WEIGHTS),
+        ("chunks", "bf16", ALL_WEIGHTS),
+        ("chunks", "bf16", AdapterConfig(kind=AdapterKind.lora, targets=("q", "v"))),
+    ],
+    ids=["layers", "vocab", "chunks", "chunks-lora"],
+)
+def test_preferences(mesh: Mesh, size: str, precision: str, adapter: AdapterConfig) -> None:
+    job = make_job(size, precision, "none", has_log_probs=True, adapter=adapter)
+    planned, found = predict(job), measure(job, mesh)
+    assert total(planned) == pytest.approx(total(found), rel=0.03)
 
 
 @pytest.mark.parametrize("size, recompute", [("debug", "none"), ("layers", "block")])
