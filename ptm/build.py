@@ -52,7 +52,7 @@ from ptm.recipe import Recipe, describe_difference, dump, load_recipe
 from ptm.recipe_files import shipped
 from ptm.report.html import write_report
 from ptm.serve.generator import Sampling, stream_text
-from ptm.trainer.config import BY_TOKEN, TrainConfig
+from ptm.trainer.config import BY_TOKEN, ObjectiveKind, TrainConfig
 from ptm.trainer.loop import Run, fit
 from ptm.trainer.metrics import Metrics
 from ptm.tuning import base_tokenizer
@@ -95,12 +95,20 @@ def make_plan(
         recipe.checkpoint,
         recipe.adapter,
         has_log_probs=recipe.mode in BY_TOKEN,
+        frozen_copy=frozen_copy(recipe),
         ranks=ranks or env.ranks(),
         hardware=hardware,
         folders=hardware_folders(),
         others=_other_scales(recipe),
         may_measure=may_measure,
     )
+
+
+def frozen_copy(recipe: Recipe) -> str:
+    """The key that has every rank hold a frozen copy of the model (ptm/modes.py), if one does."""
+    if recipe.mode is ObjectiveKind.grpo and recipe.grpo.kl_coef > 0:
+        return "grpo.kl_coef"
+    return "qat.distill" if recipe.mode is ObjectiveKind.pretrain and recipe.qat.distill else ""
 
 
 def hardware_folders() -> list[Path]:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ptm.bench import decode, engines, gptq, kernels, router, tiers, train, updates, wire
-from ptm.build import hardware_folders, make_plan
+from ptm.build import frozen_copy, hardware_folders, make_plan
 from ptm.checkpoint.folders import step_folder
 from ptm.checkpoint.hf import Opened
 from ptm.checkpoint.load_model import inference_module_of
@@ -104,6 +104,7 @@ def plan(job: PlanJob | PlanExportJob) -> None:
             job.checkpoint,
             job.adapter,
             has_log_probs=job.mode in BY_TOKEN,
+            frozen_copy=frozen_copy(job),
             ranks=ranks,
             hardware=job.hardware,
             folders=hardware_folders(),

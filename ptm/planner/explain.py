@@ -57,6 +57,7 @@ def plan_run(
     adapter: AdapterConfig = ALL_WEIGHTS,
     *,
     has_log_probs: bool = False,
+    frozen_copy: str = "",
     ranks: Ranks,
     hardware: str | None = None,
     folders: Sequence[Path] = (),
@@ -78,6 +79,7 @@ def plan_run(
         checkpoint,
         adapter,
         has_log_probs=has_log_probs,
+        frozen_copy=frozen_copy,
         ranks=ranks,
         hardware=hardware,
         folders=folders,
@@ -90,6 +92,7 @@ def plan_run(
                 job_of(
                     *(m, t, engine, checkpoint, adapter),
                     has_log_probs=has_log_probs,
+                    frozen_copy=frozen_copy,
                     ranks=ranks.world,
                     device=machine.device,
                 ),
@@ -108,6 +111,7 @@ def settle(
     adapter: AdapterConfig = ALL_WEIGHTS,
     *,
     has_log_probs: bool = False,
+    frozen_copy: str = "",
     ranks: Ranks,
     hardware: str | None = None,
     folders: Sequence[Path] = (),
@@ -118,6 +122,7 @@ def settle(
     wanted = job_of(
         *(model, train, engine, checkpoint, adapter),
         has_log_probs=has_log_probs,
+        frozen_copy=frozen_copy,
         ranks=ranks.world,
         device=machine.device,
     )
@@ -146,6 +151,7 @@ def job_of(
     adapter: AdapterConfig = ALL_WEIGHTS,
     *,
     has_log_probs: bool = False,
+    frozen_copy: str = "",
     ranks: int,
     device: str,
 ) -> Job:
@@ -182,6 +188,7 @@ def job_of(
         journal_every=engine.journal_every,
         adapter=adapter,
         has_log_probs=has_log_probs,
+        frozen_copy=frozen_copy,
     )
 
 

@@ -49,6 +49,8 @@ class Job:
     """What is trained, where it is not all."""
     has_log_probs: bool = False
     """Whether the loss is of each token's log-probability (dpo, grpo), not of their sum."""
+    frozen_copy: str = ""
+    """The key that asks for a frozen copy of the whole model on every rank, if one does."""
 
     @property
     def compute_bytes(self) -> int:

@@ -16,6 +16,7 @@ from ptm.common.plan import Need, Tier
 from ptm.common.units import KIB, MIB, format_bytes
 from ptm.engine.layout import PageMap
 from ptm.kernels.permute import ALIGN
+from ptm.model.config import num_parameters
 from ptm.planner import states
 from ptm.planner.activations import FP32, INT64, activations
 from ptm.planner.hardware import Hardware
@@ -151,7 +152,10 @@ def _fixed(job: Job) -> list[Need]:
     held = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items())
     rows = f"{job.micro_rows:,} rows x {job.seq_len:,} tokens, recompute {job.recompute}"
     local = f", {job.model.num_experts // job.ep} experts a layer" if job.ep > 1 else ""
+    copy = num_parameters(job.model) * job.compute_bytes
+    copies = [Need("frozen copy", copy, f"of the whole model, for {job.frozen_copy}", tier)]
     return [
+        *(copies if job.frozen_copy else ()),
         Need("weights", states.gathered(job), f"{whole}, {job.precision}{local}", tier),
         Need("gradients", states.summed(job), moving, tier),
         Need("activations", activations(job), rows, tier),

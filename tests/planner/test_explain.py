@@ -15,7 +15,7 @@ from ptm.common.env import Ranks
 from ptm.common.errors import PlanError
 from ptm.common.units import GIB, MIB
 from ptm.engine.config import EngineConfig
-from ptm.model.config import ModelConfig, Scale
+from ptm.model.config import ModelConfig, Scale, num_parameters
 from ptm.planner.explain import plan_run, refusal
 from ptm.planner.hardware import Hardware
 from ptm.planner.job import Job
@@ -213,3 +213,11 @@ def test_a_short_budget_is_what_is_offered_first() -> None:
     enough = dataclasses.replace(short, cpu_bytes=int(told[1]) * MIB, ssd_bytes=int(told[2]) * MIB)
     assert changes(enough, hardware)[0].words != first.words
     assert all("a machine with  for" not in change.words for change in others)
+
+
+def test_a_frozen_copy_of_the_model_is_counted() -> None:
+    job = full_job(8)
+    copied = plan_of(dataclasses.replace(job, frozen_copy="grpo.kl_coef"), machine(80))
+    more = copied.needed_bytes - plan_of(job, machine(80)).needed_bytes
+    assert more == 2 * num_parameters(FULL)
+    assert "frozen copy" in copied.text() and "grpo.kl_coef" in copied.text()

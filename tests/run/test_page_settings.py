@@ -150,6 +150,11 @@ def test_a_damaged_record_falls_back_to_the_one_before(
     assert len(said) == 1 and str(path) in said[0], done.stdout
     found = re.search(r"resuming after step (\d+) from", done.stdout)
     assert found and int(found[1]) in expected, done.stdout
+    if done.returncode == 4:
+        # The kill came while the next step was writing over that step's pages, which nobody would
+        # have needed again with a whole record. It is seen, and the checkpoint is there.
+        assert "not what was written" in done.stderr and "goes on from what is whole" in done.stderr
+        done = copy.start()
     assert_whole(done, copy, whole)
 
 
