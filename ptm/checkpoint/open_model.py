@@ -42,7 +42,7 @@ def open_model(folder: Path, *, may_have_soft: bool = False) -> Opened:
     opened = _open(folder)
     if opened.num_soft and not may_have_soft:
         rule = f"is {opened.num_soft} soft tokens beside its base, and no weight can take them up"
-        remedy = "name its base instead, or give convert to=peft"
+        remedy = "name its base, or use generate, eval or convert to=peft"
         raise CheckpointError(line("folder", folder, rule, remedy))
     return opened
 
