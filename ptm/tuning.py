@@ -103,7 +103,7 @@ def questions(
     for one in documents:
         if len(found) == count:
             break
-        prompt = tokenizer.encode(template.prompt(one.conversation.messages[:-1]), special=True)
+        prompt = template.encode_prompt(one.conversation.messages[:-1], tokenizer)
         answer = one.tokens[len(prompt) :].tolist()
         is_one = one.tokens[: len(prompt)].tolist() == prompt and one.learned[len(prompt) :].all()
         if is_one and 0 < len(answer) <= longest:

@@ -20,7 +20,7 @@ from ptm.checkpoint.load_model import inference_module_of
 from ptm.checkpoint.open_model import open_model
 from ptm.common import env
 from ptm.common.device import best_device
-from ptm.common.errors import CheckpointError, RecipeError, StorageError, line
+from ptm.common.errors import CheckpointError, DataError, RecipeError, StorageError, line
 from ptm.common.units import format_bytes
 from ptm.common.values import show
 from ptm.data.config import DataConfig
@@ -198,8 +198,12 @@ def _asked(job: GenerateJob, tokenizer: Tokenizer, beside: Path) -> tuple[int, .
     recipe = _recipe_of(Path(job.run))
     sft = SftConfig() if recipe is None else recipe.sft
     with chat_template(sft, tokenizer, beside) as template:
-        text = template.prompt([{"role": "user", "content": job.question}])
-    return tuple(tokenizer.encode(text, special=True))
+        message = {"role": "user", "content": job.question}
+        try:
+            return tuple(template.encode_prompt([message], tokenizer))
+        except DataError as error:  # `conversation=(given): rule; remedy`
+            rule, _, remedy = str(error).partition(": ")[2].rpartition("; ")
+            raise RecipeError(line("question", job.question, rule, remedy)) from None
 
 
 def _recipe_of(run: Path) -> Recipe | None:

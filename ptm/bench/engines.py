@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ptm.bench import show
-from ptm.bench.interleave import Contestant, run_bench
+from ptm.bench.interleave import Contestant, chosen, run_bench
 from ptm.jobs import StepBenchJob
 
 BASE = "fsdp"
@@ -45,9 +45,7 @@ def contestants(words: tuple[str, ...], out: Path, ops_dir: str | None) -> list[
 def run(bench: StepBenchJob, words: tuple[str, ...]) -> None:
     out = Path(bench.out)
     (out / "nvme").mkdir(parents=True, exist_ok=True)
-    rows = contestants(words, out, bench.ops_dir)
-    if bench.only:
-        rows = [row for row in rows if row.name in {*bench.only, BASE}]
+    rows = chosen(contestants(words, out, bench.ops_dir), bench.only, BASE)
     results = run_bench(bench, rows)
     found: dict[str, Any] = {"bench": "engines", "ranks": bench.ranks, "words": list(words)}
     found["rows"] = show.summary(results, BASE)

@@ -37,6 +37,7 @@ from rich.progress import (
 
 from ptm.common import env
 from ptm.common.agent import stop_with_parent
+from ptm.common.errors import RecipeError, line
 from ptm.jobs import StepBenchJob
 
 POLL_S = 0.05
@@ -128,6 +129,16 @@ def run_rounds(
         for one in running:
             one.end()
     return results
+
+
+def chosen(rows: Sequence[Contestant], only: Sequence[str], base: str) -> list[Contestant]:
+    """`base` and those that are asked for; all where none is. Raises RecipeError."""
+    names = [row.name for row in rows]
+    for name in only:
+        if name not in names:
+            remedy = f"choose of {', '.join(names)}"
+            raise RecipeError(line("only", name, "is no contestant of this bench", remedy))
+    return [row for row in rows if not only or row.name in {*only, base}]
 
 
 def run_bench(bench: StepBenchJob, contestants: Sequence[Contestant]) -> list[Result]:
@@ -264,5 +275,5 @@ def last_words(log: Path) -> str:
         is_killed = int(code[1]) == -signal.SIGKILL
         why = ": the system kills so when memory is short; fewer contestants need less"
         return f"a rank ended with code {code[1]}{why if is_killed else ''} ({log})"
-    lines = [line for line in text.splitlines() if line.strip()]
+    lines = [row for row in text.splitlines() if row.strip()]
     return lines[-1] if lines else "ended without a word"

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ptm.bench import show
-from ptm.bench.interleave import Contestant, run_bench
+from ptm.bench.interleave import Contestant, chosen, run_bench
 from ptm.bench.peers import PEERS
 from ptm.jobs import StepBenchJob
 
@@ -34,10 +34,7 @@ def contestants(words: tuple[str, ...]) -> list[Contestant]:
 
 def run(bench: StepBenchJob, words: tuple[str, ...]) -> None:
     out = Path(bench.out)
-    rows = contestants(words)
-    if bench.only:
-        rows = [row for row in rows if row.name in {*bench.only, BASE}]
-    results = run_bench(bench, rows)
+    results = run_bench(bench, chosen(contestants(words), bench.only, BASE))
     found: dict[str, Any] = {"bench": "train", "ranks": bench.ranks, "words": list(words)}
     found["rows"] = show.summary(results, BASE)
     title = f"training, {bench.ranks} ranks, {bench.rounds} rounds of {bench.round_steps} steps"

@@ -115,6 +115,11 @@ class ChatTemplate:
         [answer] = self._render(messages, [(len(messages), True)])
         return _text(answer)
 
+    def encode_prompt(self, messages: Sequence[dict[str, Any]], tokenizer: Tokenizer) -> list[int]:
+        """Tokens of `prompt`. Raises: DataError."""
+        _refuse_specials(messages, tokenizer)
+        return tokenizer.encode(self.prompt(messages), special=True)
+
     def segments(self, messages: Sequence[dict[str, Any]]) -> list[Segment]:
         """The conversation's text, cut at the bounds of what is learned.
 
@@ -150,11 +155,7 @@ class ChatTemplate:
 
         Raises: DataError.
         """
-        _check(messages)
-        for message in messages:
-            for name in tokenizer.specials:
-                if name in message["content"]:
-                    raise _error(f"a message spells the special token {name}", "leave it out")
+        _refuse_specials(messages, tokenizer)
         ids: list[int] = []
         mask: list[bool] = []
         for text, is_learned in self.segments(messages):
@@ -242,6 +243,14 @@ def _check(messages: Sequence[dict[str, Any]]) -> None:
             and isinstance(message.get("content"), str)
         ):
             raise _error("a message is not {role, content} of strings", "leave it out")
+
+
+def _refuse_specials(messages: Sequence[dict[str, Any]], tokenizer: Tokenizer) -> None:
+    _check(messages)
+    for message in messages:
+        for name in tokenizer.specials:
+            if name in message["content"]:
+                raise _error(f"a message spells the special token {name}", "leave it out")
 
 
 def _text(answer: dict[str, Any]) -> str:

@@ -84,7 +84,7 @@ class Maker(NamedTuple):
     def prompt(self, where: str, question: str, answer: str) -> Prompt:
         message = [{"role": "user", "content": question}]
         try:
-            ids = self.tokenizer.encode(self.template.prompt(message), special=True)
+            ids = self.template.encode_prompt(message, self.tokenizer)
         except DataError as error:
             raise BadRow(str(error)) from error
         self._refuse_long(len(ids))

@@ -17,9 +17,19 @@ import torch
 from ptm.bench import show
 from ptm.bench.contestant import elements
 from ptm.bench.engines import contestants
-from ptm.bench.interleave import Contestant, Result, Spread, join, last_words, run_rounds, spread
+from ptm.bench.interleave import (
+    Contestant,
+    Result,
+    Spread,
+    chosen,
+    join,
+    last_words,
+    run_rounds,
+    spread,
+)
 from ptm.bench.wire import wire_row
 from ptm.cli import VERBS
+from ptm.common.errors import RecipeError
 from ptm.jobs import StepBenchJob
 from ptm.model.transformer import Transformer
 from ptm.recipe import load_recipe
@@ -120,6 +130,16 @@ def test_a_contestant_that_fails_says_why_and_nobody_stays(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
+def test_only_chooses_and_refuses_what_is_not_there() -> None:
+    rows = [Contestant(name, ()) for name in ("ptm", "ddp", "fsdp")]
+    assert [row.name for row in chosen(rows, (), "ptm")] == ["ptm", "ddp", "fsdp"]
+    assert [row.name for row in chosen(rows, ("fsdp",), "ptm")] == ["ptm", "fsdp"]
+    with pytest.raises(
+        RecipeError, match="only=foo: is no contestant of this bench; choose of ptm"
+    ):
+        chosen(rows, ("fsdp", "foo"), "ptm")
+
+
 def test_a_rank_that_was_killed_is_told_from_one_that_failed(tmp_path: Path) -> None:
     log = tmp_path / "log.txt"
     for code, told in ((-9, "memory is short"), (1, "ended with code 1 (")):

@@ -164,6 +164,8 @@ def test_refused_conversations(tokenizer: Tokenizer) -> None:
         spelled = [{"role": "user", "content": "a<sep>b<eod>"}, ONE_TURN[1]]
         with pytest.raises(DataError, match="spells the special token <(eod|sep)>"):
             chat.encode(spelled, tokenizer)
+        with pytest.raises(DataError, match="spells the special token <(eod|sep)>"):
+            chat.encode_prompt(spelled[:1], tokenizer)
     with ChatTemplate(PLAIN["chatml"]) as chat, pytest.raises(DataError, match="answer is empty"):
         chat.segments([ONE_TURN[0], {"role": "assistant", "content": " "}])
 

@@ -68,6 +68,8 @@ def test_killed_is_as_undisturbed_and_two_ranks_are_as_one(
     assert told["question"].out.strip()
     both = ptm("generate", f"run={whole}", "question=a", "prompt=b", cwd=tmp_path, env=env)
     assert both.code == 2 and "question=a: excludes prompt" in both.err
+    spelled = ptm("generate", f"run={whole}", "question=a<sep>b", cwd=tmp_path, env=env)
+    assert spelled.code == 2 and "question=a<sep>b: a message spells" in spelled.err
 
     command = runs.command(2, words(killed, base, text))
     agent = subprocess.Popen(
