@@ -1,11 +1,13 @@
 """What torch's CPU allocator held at most, counted by the profiler allocation by allocation.
 
 Every allocation inside an operator is seen, also those of a backward written by hand; memory that
-libraries take for themselves (oneDNN's kernels, gloo's buffers) is not.
+libraries take for themselves (oneDNN's kernels, gloo's buffers) is not. What was left behind by
+others is collected first: freed while counting, it would count as negative.
 """
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -24,6 +26,7 @@ class Held:
 @contextmanager
 def count_bytes() -> Iterator[Held]:
     held = Held()
+    gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as seen:
         yield held
     result = seen.profiler.kineto_results  # type: ignore[union-attr]
