@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from ptm.checkpoint.expert_rows import refuse_other_codes
 from ptm.data.rewards import Rewarder
 from ptm.data.sft import chat_template
 from ptm.data.sft_config import TASK_SOURCE
 from ptm.data.source import refuse_missing
 from ptm.data.tokenizer import load_tokenizer
+from ptm.quant.grid import GridKind
 from ptm.recipe import Recipe
 from ptm.trainer.config import ObjectiveKind
 from ptm.tuning import base_tokenizer, tokenizer_folder
@@ -29,6 +33,9 @@ def refuse_absent(recipe: Recipe) -> None:
     data = base_tokenizer(recipe)
     for source in data.source:
         refuse_missing(source)
+    if recipe.adapter.has_codes:
+        assert recipe.train.init_from is not None
+        refuse_other_codes(Path(recipe.train.init_from), GridKind(recipe.adapter.base))
     if recipe.mode is ObjectiveKind.pretrain:
         return
     for source in sources(recipe):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ptm import run_folder
 from ptm.checkpoint.commit import preflight
+from ptm.checkpoint.expert_rows import EXPERTS, expert_rows
 from ptm.checkpoint.folders import step_folders
 from ptm.checkpoint.hf import Opened
 from ptm.checkpoint.load import load, newest_good
@@ -42,6 +43,8 @@ from ptm.optim.adamw import AdamW
 from ptm.parallel.adapters import adapted_engine
 from ptm.parallel.apply import materialize_buffers, put_on_grid, share_experts, units_of
 from ptm.parallel.recompute import recompute_blocks
+from ptm.quant.grid import GridKind
+from ptm.quant.rows import RowFormat
 from ptm.recipe import Recipe, Resume
 from ptm.run_folder import last_logged_step
 from ptm.trainer.config import Precision, Recompute
@@ -92,7 +95,8 @@ def build_model(
         )
     model = Transformer(recipe.model, dtype=dtype, device="meta")
     add_adapter(model, recipe.adapter)
-    units = units_of(model)
+    held = rows_held(recipe)
+    units = units_of(model, held)
     materialize_buffers(model, mesh.device)
     share_experts(model, mesh, recipe.engine.chunks)
     if recipe.train.recompute is Recompute.block:
@@ -128,6 +132,13 @@ def build_model(
     if (grid := recipe.qat.made()) is not None:  # last: the engine takes parameters as they are
         put_on_grid(model, grid, recipe.qat.layers)
     return model, engine
+
+
+def rows_held(recipe: Recipe) -> RowFormat | None:
+    """How frozen experts are held, where not as weights."""
+    if not recipe.adapter.has_codes:
+        return None
+    return RowFormat(GridKind(recipe.adapter.base), DTYPES[recipe.train.precision].itemsize)
 
 
 def _zero(recipe: Recipe, plan: Plan, world: int) -> int:
@@ -224,7 +235,8 @@ def first_weights(
 def _initial_weights(
     recipe: Recipe, start: Start, encode: Callable[[str], list[int]]
 ) -> Callable[[str, torch.Size], Tensor]:
-    """Name and shape -> the whole fp32 tensor that a new run starts with."""
+    """Name and shape -> the whole fp32 tensor that a new run starts with; of experts that are held
+    as codes, the bytes of their rows."""
     if recipe.train.init_from is None:
         return lambda name, shape: new_weight(recipe.model, name, shape, recipe.train.seed)
     opened = start.open()
@@ -233,7 +245,11 @@ def _initial_weights(
     check_shapes(opened.weights, shapes, Path(recipe.train.init_from))
     say(f"starting from the weights in {recipe.train.init_from}")
 
+    held = rows_held(recipe)
+
     def initial(name: str, shape: torch.Size) -> Tensor:
+        if held is not None and EXPERTS.fullmatch(name):
+            return expert_rows(opened, name, held)
         if name in shapes:
             return opened.weights.read(name).float()
         if name == SOFT_TOKENS:

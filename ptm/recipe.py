@@ -141,6 +141,10 @@ class Recipe:
             rule, remedy = "has no weights to change", "set train.init_from"
         elif self.engine.kind is not EngineKind.paged or self.engine.ssd_path is not None:
             rule, remedy = "needs engine.kind=paged without engine.ssd_path", "leave them out"
+        elif self.adapter.has_codes and self.engine.zero not in (0, 3):
+            rule = f"would be whole weights in every block with engine.zero={self.engine.zero}"
+            remedy = "leave engine.zero out"
+            raise RecipeError(line("adapter.base", self.adapter.base, rule, remedy))
         elif self.adapter.kind is AdapterKind.prompt and self.mode is not ObjectiveKind.sft:
             rule, remedy = f"is for mode=sft and not mode={self.mode}", "use adapter.kind=lora"
         elif (

@@ -32,7 +32,8 @@ ADAPTER_KEY, BASE_KEY = "adapter", "base"
 
 def adapter_to_json(config: AdapterConfig) -> dict[str, Any]:
     """The adapter section as plain JSON values."""
-    return {**dataclasses.asdict(config), "kind": str(config.kind), "targets": list(config.targets)}
+    words = {"kind": str(config.kind), "base": str(config.base), "targets": list(config.targets)}
+    return {**dataclasses.asdict(config), **words}
 
 
 def adapter_from_json(values: Any) -> AdapterConfig:

@@ -245,14 +245,16 @@ class PagedEngine:
 
     @torch.no_grad()
     def fill(self, name: str, value: Tensor) -> None:
-        """Set one parameter's master from a whole tensor that every rank holds."""
-        frozen = next((g, s) for g, s in self.layout.slots() if s.name == name)
+        """Set one parameter's master from a whole tensor that every rank holds: weights, or the
+        bytes of its rows where it is held as codes."""
+        group, slot = next((g, s) for g, s in self.layout.slots() if s.name == name)
         rows = (
-            PageRows(self.states, *frozen, "frozen")
-            if frozen[0].is_frozen
+            PageRows(self.states, group, slot, "frozen")
+            if group.is_frozen
             else self.state()[f"model.{name}"]
         )
-        stored = value.reshape(stored_shape(value.shape))
+        is_held = group.held is not None
+        stored = value.view(self._dtype) if is_held else value.reshape(stored_shape(value.shape))
         rows.write(stored[rows.first_row : rows.first_row + rows.num_rows])
 
     def state(self) -> dict[str, StateRows]:

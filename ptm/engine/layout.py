@@ -17,6 +17,9 @@ less than one row. A rank's shards one after another are its *flat space*, eleme
     states    10 | 8, or about 4 with int8 moments       the same, one field after another
     grads     4                                          scratch, of no value between steps
 
+Matrices that never change may be held as codes (`Held`): their rows are bytes, which take as many
+elements of the flat space as bytes of weights, and become weights when a unit is gathered.
+
 AngelPTM puts at most two tensors in a page, which wastes 23 % of this model's memory on 64 ranks;
 packed pages waste the last page of each kind. Nothing here holds memory: all of it is arithmetic,
 so the planner uses it for ranks that are not there.
@@ -27,12 +30,26 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
 
 from ptm.engine.state import row_numel, stored_shape
 
 ALIGN = 128
 """Elements to which shards start in the flat space: int8 moments share a scale over as many."""
+
+
+class Held(Protocol):
+    """How rows of frozen matrices are held as codes."""
+
+    def row_numel(self, num_inputs: int, /) -> int:
+        """Elements of the flat space that a row of so many weights takes."""
+        ...
+
+    def decode(self, rows: Tensor, num_inputs: int, /) -> Tensor:
+        """(R, num_inputs) fp32 weights of (R, bytes) uint8."""
+        ...
 
 
 class Named(NamedTuple):
@@ -43,6 +60,8 @@ class Named(NamedTuple):
     is_expert: bool
     is_frozen: bool = False
     "Has no gradient: only its weight is kept, in the format of forward and backward."
+    held: Held | None = None
+    "Or as codes; frozen matrices only."
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +92,7 @@ class Group:
     base: int
     "Where this rank's shard starts in its flat space."
     is_frozen: bool = False
+    held: Held | None = None
 
     @property
     def numel(self) -> int:
@@ -96,8 +116,28 @@ class Group:
         return start, max(start, min(slot.stop, self.last))
 
     def flat(self, position: int) -> int:
-        """Position in the group -> position in the rank's flat space."""
-        return self.base + position - self.first
+        """Position in the group -> position in the rank's flat space; where rows are held as codes
+        it is that of a row."""
+        return self.base + self._held_before(position) - self._held_before(self.first)
+
+    def flat_numel(self, index: int) -> int:
+        """Elements that rank `index` of the axis has in its flat space."""
+        return self._held_before(self.cuts[index + 1]) - self._held_before(self.cuts[index])
+
+    @property
+    def flat_stop(self) -> int:
+        """Where this rank's shard ends in its flat space."""
+        return self.base + self.flat_numel(self.index)
+
+    def _held_before(self, position: int) -> int:
+        if self.held is None:
+            return position
+        found = 0
+        for slot in self.slots:
+            K = slot.row_numel
+            rows = max(0, min(position, slot.stop) - slot.start) // K
+            found += rows * self.held.row_numel(K)
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,16 +185,17 @@ def make_layout(
     for is_frozen in (False, True):  # what is frozen lies behind all that is not
         for name, members in named:
             chosen = [m for m in members if m.is_frozen == is_frozen]
-            dense = [m for m in chosen if ep == 1 or not m.is_expert]
-            experts = [m for m in chosen if ep > 1 and m.is_expert]
-            for axis, some in (("dp", dense), ("edp", experts)):
-                if not some:
-                    continue
+            kinds: dict[tuple[str, Held | None], list[Named]] = {}
+            for m in sorted(chosen, key=lambda m: (ep > 1 and m.is_expert, m.held is not None)):
+                axis = "edp" if ep > 1 and m.is_expert else "dp"
+                kinds.setdefault((axis, m.held), []).append(m)
+            for (axis, held), some in kinds.items():
                 parts, index = (world, rank) if axis == "dp" else (world // ep, rank // ep)
                 share = (ep, rank % ep) if axis == "edp" else (1, 0)
                 group = _group(axis, some, parts=parts, index=index, share=share, base=base)
-                groups[name].append(replace(group, is_frozen=is_frozen))
-                base += -(-group.shard_numel // ALIGN) * ALIGN
+                group = replace(group, is_frozen=is_frozen, held=held)
+                groups[name].append(group)
+                base += -(-group.flat_numel(index) // ALIGN) * ALIGN
         trained = trained if is_frozen else base
     return Layout(tuple(Unit(name, tuple(found)) for name, found in groups.items()), base, trained)
 

@@ -181,6 +181,25 @@ class PagedStates:
             self._reading.append((page, streams.current().record_event()))
             self.settle(self.most_reading)
 
+    def read_group(self, group: Group, out: Tensor) -> None:
+        """Copy this rank's shard of a group into `out`, as `read_weights` does; rows that are held
+        as codes become weights there."""
+        if group.held is None:
+            self.read_weights(group.base, group.flat_stop, out)
+            return
+        for slot in group.slots:
+            (first, last), K = group.owned(slot), slot.row_numel
+            step = max(1, CHUNK // K) * K
+            for start in range(first, last, step):
+                stop = min(start + step, last)
+                at, end = group.flat(start), group.flat(stop)
+                rows = torch.empty(end - at, dtype=self.precision, device=out.device)
+                self.read_weights(at, end, rows)
+                self.streams.flush()
+                codes = rows.view(torch.uint8).view((stop - start) // K, -1)
+                near = group.held.decode(codes, K)
+                out[start - group.first : stop - group.first].copy_(near.view(-1))
+
     def settle(self, most: int) -> None:
         """Release pages that copies are done with, and wait until at most `most` are not. Called
         by the threads that gather, of which one runs at a time."""
@@ -304,6 +323,9 @@ class PageRows:
         start, stop = group.owned(slot)
         self._start, self._stop = group.flat(start), group.flat(stop)
         self.shape = stored_shape(slot.whole_shape)
+        if group.held is not None:
+            self._row_numel = group.held.row_numel(slot.row_numel)
+            self.shape = (self.shape[0], self._row_numel)
         self.first_row = slot.first_row + (start - slot.start) // slot.row_numel
 
     @property

@@ -132,7 +132,7 @@ class Weights:
             for group in unit.unit.groups:
                 full = unit.part(group, unit.frame)
                 mine = full[group.first : group.last]
-                self.states.read_weights(group.base, group.base + group.shard_numel, mine)
+                self.states.read_group(group, mine)
                 axis = self.mesh.dp if group.axis == "dp" else self.mesh.edp
                 streams.flush()
                 unit.pending.append(gather(full, group.cuts, axis.get_group(), self.mesh.ledger))

@@ -12,6 +12,16 @@ class AdapterKind(Choice):
     prompt = "prompt"
 
 
+class Base(Choice):
+    """How frozen experts are held."""
+
+    plain = "plain"
+    int4 = "int4"
+    int8 = "int8"
+    fp6_e3m2 = "fp6_e3m2"
+    fp6_e2m3 = "fp6_e2m3"
+
+
 ROLES = ("q", "k", "v", "o", "experts", "lfa")
 
 
@@ -33,11 +43,23 @@ class AdapterConfig:
     """Text whose tokens' embeddings the soft tokens begin as, repeated or cut to their number; null
     draws words of the vocabulary by train.seed."""
 
+    base: Base = Base.plain
+    """How the frozen experts are held. plain: as weights; int4, int8, fp6_e3m2, fp6_e2m3: as codes
+    of the export that train.init_from names (QLoRA), which become weights a block at a time."""
+
     def check(self) -> None:
         unknown = [role for role in self.targets if role not in ROLES]
         if unknown or not self.targets:
             remedy = f"choose of {', '.join(ROLES)}"
             raise RecipeError(line("adapter.targets", self.targets, "must name roles", remedy))
+        if self.has_codes and self.kind is AdapterKind.none:
+            rule = "needs frozen weights, and all are trained"
+            raise RecipeError(line("adapter.base", self.base, rule, "set adapter.kind=lora"))
+
+    @property
+    def has_codes(self) -> bool:
+        """Whether frozen experts are held as codes."""
+        return self.base is not Base.plain
 
 
 ALL_WEIGHTS = AdapterConfig()

@@ -13,7 +13,7 @@ from torch import nn
 
 from ptm.common.errors import RecipeError, line
 from ptm.engine.engine import UnitSpec
-from ptm.engine.layout import Named
+from ptm.engine.layout import Held, Named
 from ptm.mesh.mesh import Mesh
 from ptm.model.block import Block
 from ptm.model.moe import MixtureOfExperts
@@ -24,15 +24,16 @@ from ptm.quant.fake_quant import quantize_experts, quantize_linear
 from ptm.quant.grid import Grid
 
 
-def units_of(model: Transformer) -> list[UnitSpec]:
-    """The root (embedding, final norm, head) first, then the blocks in the order of the forward."""
+def units_of(model: Transformer, held: Held | None = None) -> list[UnitSpec]:
+    """The root (embedding, final norm, head) first, then the blocks in the order of the forward.
+    held: how frozen experts are, where not as weights."""
     blocks = [(f"model.layers.{i}", block) for i, block in enumerate(model.model.layers)]
     found: dict[str, list[Named]] = {"root": [], **{name: [] for name, _ in blocks}}
     for name, param in model.named_parameters():
         unit = next((block for block, _ in blocks if name.startswith(f"{block}.")), "root")
-        found[unit].append(
-            Named(name, tuple(param.shape), ".experts." in name, not param.requires_grad)
-        )
+        is_expert, is_frozen = ".experts." in name, not param.requires_grad
+        as_codes = held if is_expert and is_frozen else None
+        found[unit].append(Named(name, tuple(param.shape), is_expert, is_frozen, as_codes))
     modules = [("root", model.model.embed_tokens), *blocks]
     return [UnitSpec(name, module, found[name]) for name, module in modules]
 

@@ -101,7 +101,7 @@ def _units(
 
 def _owned(unit: Unit) -> int:
     """Elements of a unit in the rank's flat space."""
-    return sum(-(-group.shard_numel // ALIGN) * ALIGN for group in unit.groups)
+    return sum(-(-group.flat_numel(group.index) // ALIGN) * ALIGN for group in unit.groups)
 
 
 def _updates(pages: PageMap, start: int, stop: int) -> list[tuple[int, range, range]]:

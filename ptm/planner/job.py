@@ -15,6 +15,8 @@ from ptm.model.adapter import add_adapter
 from ptm.model.config import ModelConfig
 from ptm.model.lora_config import ALL_WEIGHTS, AdapterConfig
 from ptm.model.transformer import Transformer
+from ptm.quant.grid import GridKind
+from ptm.quant.rows import RowFormat
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,14 +83,16 @@ class Job:
 
 def shapes(model: ModelConfig) -> list[tuple[int, ...]]:
     """Shapes of all parameters in order, from a model of one layer without memory."""
-    before, block, after = _parts(model, ALL_WEIGHTS)
+    before, block, after = _parts(model, ALL_WEIGHTS, 2)
     named = before + block * model.num_hidden_layers + after
     return [member.shape for member in named]
 
 
-def units(model: ModelConfig, adapter: AdapterConfig) -> tuple[list[Named], list[Named]]:
+def units(
+    model: ModelConfig, adapter: AdapterConfig, weight_bytes: int
+) -> tuple[list[Named], list[Named]]:
     """Parameters of the root and of one block, as the engine groups them."""
-    before, block, after = _parts(model, adapter)
+    before, block, after = _parts(model, adapter, weight_bytes)
     return before + after, block
 
 
@@ -96,15 +100,15 @@ def trained(job: Job) -> int:
     """Parameters that have gradients, of all ranks."""
     root, block = (
         sum(math.prod(member.shape) for member in members if not member.is_frozen)
-        for members in units(job.model, job.adapter)
+        for members in units(job.model, job.adapter, job.compute_bytes)
     )
     return root + job.model.num_hidden_layers * block
 
 
 def _parts(
-    model: ModelConfig, adapter: AdapterConfig
+    model: ModelConfig, adapter: AdapterConfig, weight_bytes: int
 ) -> tuple[list[Named], list[Named], list[Named]]:
-    one = _one_layer(replace(model, num_hidden_layers=1), adapter)
+    one = _one_layer(replace(model, num_hidden_layers=1), adapter, weight_bytes)
     is_block = [".layers.0." in member.name for member in one]
     first = is_block.index(True)
     last = first + sum(is_block)
@@ -112,10 +116,13 @@ def _parts(
 
 
 @functools.lru_cache(maxsize=1024)
-def _one_layer(model: ModelConfig, adapter: AdapterConfig) -> list[Named]:
+def _one_layer(model: ModelConfig, adapter: AdapterConfig, weight_bytes: int) -> list[Named]:
     made = Transformer(model, device="meta")
     add_adapter(made, adapter)
-    return [
-        Named(name, tuple(p.shape), ".experts." in name, not p.requires_grad)
-        for name, p in made.named_parameters()
-    ]
+    held = RowFormat(GridKind(adapter.base), weight_bytes) if adapter.has_codes else None
+    found = []
+    for name, p in made.named_parameters():
+        is_expert, is_frozen = ".experts." in name, not p.requires_grad
+        as_codes = held if is_expert and is_frozen else None
+        found.append(Named(name, tuple(p.shape), is_expert, is_frozen, as_codes))
+    return found

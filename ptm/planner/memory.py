@@ -135,10 +135,10 @@ def _pages(job: Job, tier: str, count: int, pages: PageMap) -> list[Need]:
     state = fmt.state_block_bytes / 128
     shown = f"{fmt.weight_bytes} + {state:g} + {FP32} B, {pages.numel:,} parameters of this rank"
     if pages.trained < pages.numel:
-        shown = (
-            f"{fmt.weight_bytes} B, {pages.numel:,} parameters of this rank; {state:g} + {FP32} B, "
-            f"{pages.trained:,} of them trained"
-        )
+        kept = f"{pages.numel:,} parameters of this rank"
+        if job.adapter.has_codes:
+            kept = f"{pages.numel:,} of this rank, experts as {job.adapter.base} with their scales"
+        shown = f"{fmt.weight_bytes} B, {kept}; {state:g} + {FP32} B, {pages.trained:,} trained"
     share = "" if count == pages.num_pages else f"{count:,} of {pages.num_pages:,} pages: "
     return [Need("pages", count * job.page_bytes, share + shown, tier)]
 

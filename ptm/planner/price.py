@@ -52,8 +52,13 @@ def price(job: Job, hardware: Hardware) -> Priced:
 
 def stages(job: Job, hardware: Hardware) -> list[Priced]:
     """The job as it is, or with every `zero` where that is open."""
-    chosen = STAGES if job.zero == 0 else (job.zero,)
+    chosen = _open_stages(job) if job.zero == 0 else (job.zero,)
     return [_price(replace(job, zero=zero), hardware) for zero in chosen]
+
+
+def _open_stages(job: Job) -> tuple[int, ...]:
+    """Below 3 units keep whole weights, which is what codes are held against."""
+    return (3,) if job.adapter.has_codes else STAGES
 
 
 def _price(job: Job, hardware: Hardware) -> Priced:
@@ -119,7 +124,7 @@ def options(best: Priced, hardware: Hardware) -> list[Option]:
     job = best.job
     ways = [
         (f"engine.zero={zero}", _price(replace(job, zero=zero), hardware))
-        for zero in STAGES
+        for zero in _open_stages(job)
         if zero != job.zero
     ]
     for words, other in _neighbours(job):

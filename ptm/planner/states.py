@@ -50,7 +50,7 @@ def layout(job: Job) -> Layout:
     """The layout of the rank that owns most, in which blocks are one and the same."""
     model = job.model
     one = replace(model, num_hidden_layers=1)
-    root, block, owned = _units(one, job.adapter, job.ranks, job.ep)
+    root, block, owned = _units(one, job.adapter, job.compute_bytes, job.ranks, job.ep)
     layers = model.num_hidden_layers
     numel = max(o.root + layers * o.block for o in owned)
     trained = max(o.trained_root + layers * o.trained_block for o in owned)
@@ -59,10 +59,10 @@ def layout(job: Job) -> Layout:
 
 @functools.lru_cache(maxsize=4096)
 def _units(
-    model: ModelConfig, adapter: AdapterConfig, ranks: int, ep: int
+    model: ModelConfig, adapter: AdapterConfig, weight_bytes: int, ranks: int, ep: int
 ) -> tuple[Unit, Unit, tuple[Owned, ...]]:
     """Root and block of the rank that has most of a block, and what each rank owns of them."""
-    root, block = units(model, adapter)
+    root, block = units(model, adapter, weight_bytes)
     named = [("root", root), ("block", block)]
     first = make_layout(named, world=ranks, ep=ep, rank=0)
     of_root, of_block = (_owned(unit.groups, ranks, ep) for unit in first.units)
@@ -79,8 +79,7 @@ def _owned(groups: Sequence[Group], ranks: int, ep: int) -> list[int]:
     for group in groups:
         for rank in range(ranks):
             index = rank if group.axis == "dp" else rank // ep
-            size = group.cuts[index + 1] - group.cuts[index]
-            owned[rank] += -(-size // ALIGN) * ALIGN
+            owned[rank] += -(-group.flat_numel(index) // ALIGN) * ALIGN
     return owned
 
 
@@ -126,7 +125,8 @@ def angel_waste(job: Job) -> float:
     """Share of memory lost if a page held at most two tensors, as AngelPTM's do, for the matrices
     of one rank in bf16: each expert's are tensors of their own there."""
     page, used, held = job.page_bytes, 0, 0
-    for members, count in zip(units(job.model, job.adapter), (1, job.model.num_hidden_layers)):
+    both = units(job.model, job.adapter, job.compute_bytes)
+    for members, count in zip(both, (1, job.model.num_hidden_layers)):
         tensors: list[int] = []
         for member in (m for m in members if len(m.shape) > 1):
             pieces = 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
@@ -16,10 +17,12 @@ from ptm.engine.engine import PagedEngine
 from ptm.kernels import loss as loss_kernel
 from ptm.mesh.mesh import Mesh
 from ptm.model.config import ModelConfig, RouterKind, Scale
-from ptm.model.lora_config import ALL_WEIGHTS, AdapterConfig, AdapterKind
+from ptm.model.lora_config import ALL_WEIGHTS, AdapterConfig, AdapterKind, Base
 from ptm.planner import states
 from ptm.planner.activations import activations
 from ptm.planner.job import Job
+from ptm.quant.grid import GridKind
+from ptm.quant.rows import RowFormat
 from ptm.trainer.objectives import Loss, PairBatch, preferring, pretrain
 from ptm.trainer.policy_config import DpoConfig
 from tests.support.allocator import count_bytes
@@ -95,6 +98,8 @@ def make(job: Job, mesh: Mesh) -> PagedEngine:
     config = EngineConfig(
         page_mib=job.page_bytes // 2**20, ep=job.ep, moments=moments, chunks=job.chunks
     )
+    codes = job.adapter.has_codes
+    held = RowFormat(GridKind(job.adapter.base), job.compute_bytes) if codes else None
     return make_engine(
         mesh,
         zero=job.zero,
@@ -103,7 +108,16 @@ def make(job: Job, mesh: Mesh) -> PagedEngine:
         config=config,
         model=job.model,
         adapter=job.adapter,
+        held=held,
+        initial=lambda name, shape: codes_of_zero(name, shape, held),
     )
+
+
+def codes_of_zero(name: str, shape: torch.Size, held: RowFormat | None) -> Tensor | None:
+    if held is None or not name.endswith(("experts.w1", "experts.w2")):
+        return None
+    E, R, C = shape
+    return torch.zeros(E * R, held.row_bytes(C), dtype=torch.uint8)
 
 
 @contextmanager
@@ -219,6 +233,17 @@ def test_low_rank_changes_beside_frozen_weights(
     planned, found = predict(job), measure(job, mesh)
     assert planned["states"] == pytest.approx(found["states"], rel=0.005)
     assert total(planned) == pytest.approx(total(found), rel=0.05)
+
+
+@pytest.mark.parametrize("size, base", [("layers", Base.int4), ("big_experts", Base.fp6_e2m3)])
+def test_codes_of_frozen_experts(mesh: Mesh, size: str, base: Base) -> None:
+    adapter = AdapterConfig(kind=AdapterKind.lora, base=base)
+    job = make_job(size, "bf16", "block", zero=3, adapter=adapter)
+    planned, found = predict(job), measure(job, mesh)
+    assert planned["states"] == pytest.approx(found["states"], rel=0.005)
+    assert total(planned) == pytest.approx(total(found), rel=0.05)
+    plain = make_job(size, "bf16", "block", zero=3, adapter=replace(adapter, base=Base.plain))
+    assert states.page_map(job).used_bytes < 0.7 * states.page_map(plain).used_bytes
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Small paged engines, and the numbers of one process that they must come to."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ from torch import Tensor
 from ptm.data.pack import Batch
 from ptm.engine.config import EngineConfig
 from ptm.engine.engine import PagedEngine
-from ptm.engine.layout import Layout, PageMap
+from ptm.engine.layout import Held, Layout, PageMap
 from ptm.engine.open_store import TierOpener, Tiers
 from ptm.engine.stream import Streams
 from ptm.mesh.mesh import Mesh
@@ -109,11 +110,14 @@ def make_engine(
     num_exact: int = 0,
     streams: Streams | None = None,
     adapter: AdapterConfig = ALL_WEIGHTS,
+    held: Held | None = None,
+    initial: Callable[[str, torch.Size], Tensor | None] = lambda name, shape: None,
 ) -> PagedEngine:
-    """An engine with the weights of seed 1. streams: of a device, or of what stands in for one."""
+    """An engine with the weights of seed 1, or `initial` ones. streams: of a device, or of what
+    stands in for one."""
     transformer = Transformer(model, dtype=dtype, device="meta")
     add_adapter(transformer, adapter)
-    units = units_of(transformer)
+    units = units_of(transformer, held)
     materialize_buffers(transformer, mesh.device)
     config = config or EngineConfig(page_mib=1, ep=mesh.ep.size())
     share_experts(transformer, mesh, config.chunks)
@@ -140,7 +144,8 @@ def make_engine(
         engine.updates = engine.restored[1]["updates"]
         return engine
     for name, shape in engine.shapes().items():
-        engine.fill(name, new_weight(model, name, shape, seed=1))
+        given = initial(name, torch.Size(shape))
+        engine.fill(name, new_weight(model, name, shape, seed=1) if given is None else given)
     engine.publish()
     return engine
 
