@@ -32,7 +32,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ptm.engine.state import row_numel, stored_shape
 
@@ -62,6 +62,13 @@ class Named(NamedTuple):
     "Has no gradient: only its weight is kept, in the format of forward and backward."
     held: Held | None = None
     "Or as codes; frozen matrices only."
+
+    @classmethod
+    def of(cls, name: str, parameter: nn.Parameter, held: Held | None) -> Named:
+        """held: how frozen experts are, where not as weights."""
+        is_expert, is_frozen = ".experts." in name, not parameter.requires_grad
+        has_codes = is_expert and is_frozen
+        return cls(name, tuple(parameter.shape), is_expert, is_frozen, held if has_codes else None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,9 +31,7 @@ def units_of(model: Transformer, held: Held | None = None) -> list[UnitSpec]:
     found: dict[str, list[Named]] = {"root": [], **{name: [] for name, _ in blocks}}
     for name, param in model.named_parameters():
         unit = next((block for block, _ in blocks if name.startswith(f"{block}.")), "root")
-        is_expert, is_frozen = ".experts." in name, not param.requires_grad
-        as_codes = held if is_expert and is_frozen else None
-        found[unit].append(Named(name, tuple(param.shape), is_expert, is_frozen, as_codes))
+        found[unit].append(Named.of(name, param, held))
     modules = [("root", model.model.embed_tokens), *blocks]
     return [UnitSpec(name, module, found[name]) for name, module in modules]
 

@@ -120,9 +120,4 @@ def _one_layer(model: ModelConfig, adapter: AdapterConfig, weight_bytes: int) ->
     made = Transformer(model, device="meta")
     add_adapter(made, adapter)
     held = RowFormat(GridKind(adapter.base), weight_bytes) if adapter.has_codes else None
-    found = []
-    for name, p in made.named_parameters():
-        is_expert, is_frozen = ".experts." in name, not p.requires_grad
-        as_codes = held if is_expert and is_frozen else None
-        found.append(Named(name, tuple(p.shape), is_expert, is_frozen, as_codes))
-    return found
+    return [Named.of(name, parameter, held) for name, parameter in made.named_parameters()]
