@@ -15,3 +15,11 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("home") / "cache"
+
+
+@pytest.fixture(scope="session")
+def base(text: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of five steps, to fine-tune."""
+    folder = tmp_path_factory.mktemp("base") / "run"
+    runs.finish(runs.launch(0, runs.words(folder, text, train__steps=5), cache))
+    return folder

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import runs
+from tests.support.runs import finish
 
 pytestmark = pytest.mark.slow
 STEPS = 6
@@ -39,10 +40,6 @@ def words(folder: Path, base: Path, text: Path, mode: str, **changes) -> list[st
     if mode in ("dpo", "grpo"):
         given |= {f"{mode}.task_rows": 40, f"{mode}.tasks": "[larger,count]"}
     return runs.words(folder, text, **given | changes)
-
-
-def finish(done: subprocess.CompletedProcess[str]) -> None:
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
 @pytest.fixture(scope="module")

@@ -11,13 +11,10 @@ from pathlib import Path
 import pytest
 
 from tests.support import runs
+from tests.support.runs import finish
 
 pytestmark = pytest.mark.slow
 STEPS = 20
-
-
-def finish(done: subprocess.CompletedProcess[str]) -> None:
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ import pytest
 
 from tests.support import runs
 from tests.support.processes import ptm
+from tests.support.runs import finish
 
 pytestmark = pytest.mark.slow
 STEPS = 12
@@ -32,18 +33,6 @@ def words(folder: Path, base: Path, text: Path, **changes) -> list[str]:
         "sft.answer_tokens": 8,
     }
     return runs.words(folder, text, **given | changes)
-
-
-def finish(done: subprocess.CompletedProcess[str]) -> str:
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
-
-
-@pytest.fixture(scope="module")
-def base(text: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("base") / "run"
-    finish(runs.launch(0, runs.words(folder, text, train__steps=5), cache))
-    return folder
 
 
 def test_killed_is_as_undisturbed_and_two_ranks_are_as_one(

@@ -81,6 +81,12 @@ def launch(
     )
 
 
+def finish(done: subprocess.CompletedProcess[str]) -> str:
+    """What a run that ended well has printed."""
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
 TIMES = ("tokens_per_s", "mfu", "memory_bytes", "step_s", "data_s", "communication_s", "compute_s")
 TRAFFIC = ("sent_bytes", "pages", "updates", "commits", "tiers")
 """What moved when: it depends on how fast the disk was, and on where a run was begun again."""
