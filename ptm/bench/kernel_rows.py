@@ -1,7 +1,8 @@
-"""Cases of `ptm bench kernels` for ops on rows: norm, rotary positions, router."""
+"""Cases of `ptm bench kernels` for ops on rows: norm, rotary positions, router, grids."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -13,6 +14,8 @@ from ptm.kernels.rmsnorm import add_rms_norm, rms_norm_reference
 from ptm.kernels.rope import rope_angles, rope_reference
 from ptm.kernels.rope import rope_qk as turn
 from ptm.kernels.router import attention_router, attention_router_reference
+from ptm.quant.fake_quant import fake_quant, on_grid
+from ptm.quant.grid import Grid, GridKind
 
 TYPES = (torch.float32, torch.bfloat16)
 Function = Callable[..., Sequence[Tensor]]
@@ -95,6 +98,33 @@ def attn_router() -> Iterator[Case]:
             {"published code": published},
             exact=published,
             moved=(read + chosen + scores, 2 * read + chosen + scores),
+        )
+
+
+def fake_quant_cases() -> Iterator[Case]:
+    """The first matrices of a layer's experts at mini, groups of 128."""
+    E, N, K, group = 32, 1024, 256, 128
+    for kind, dtype in itertools.product((GridKind.int4, GridKind.fp6_e2m3), TYPES):
+        grid = Grid(kind, group)
+        w = _random(E, N, K, dtype=dtype).detach()
+
+        def torchs(w: Tensor, grid: Grid = grid) -> Tensor:
+            groups = w.float().view(-1, group)
+            scale = (groups.abs().amax(1) / grid.largest).half().float()
+            zero = torch.zeros_like(scale, dtype=torch.int32)
+            ends = -grid.middle, grid.middle - 1
+            near = torch.fake_quantize_per_channel_affine(groups, scale, zero, 0, *ends)
+            return near.view(w.shape).to(w.dtype)
+
+        runs = ours("fake_quant", lambda w=w, grid=grid: [fake_quant(w, grid)])
+        if grid.is_int:
+            runs["torch, fake_quantize"] = lambda w=w: [torchs(w)]
+        yield Case(
+            "fake_quant",
+            f"{E} x {N} x {K} {_name(dtype)}, {kind}, groups of {group}",
+            runs,
+            lambda w=w, grid=grid: [on_grid(w, grid).dequantize().double().view(w.shape)],
+            2 * w.numel() * dtype.itemsize,
         )
 
 

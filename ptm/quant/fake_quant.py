@@ -19,6 +19,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ptm.kernels import native
+from ptm.kernels.fake_quant import fake_quant as by_kernel
 from ptm.quant.grid import Grid, Quantized
 
 
@@ -40,7 +42,14 @@ class _FakeQuant(torch.autograd.Function):
 
 
 def fake_quant(w: Tensor, grid: Grid) -> Tensor:
-    """The weight's nearest on the grid, in its type; the gradient goes straight through."""
+    """The weight's nearest on the grid, in its type; the gradient goes straight through.
+
+    Raises: ValueError where a weight is not finite, or too large for the type of its scale.
+    """
+    if grid.scale_dtype is torch.float16 and native.serves("fake_quant", w):
+        mantissa = 0 if grid.is_int else grid.mantissa_bits
+        group, symmetric = grid.group, grid.is_symmetric
+        return by_kernel(w, bits=grid.bits, mantissa=mantissa, group=group, symmetric=symmetric)
     return _FakeQuant.apply(w, grid)  # type: ignore[return-value]
 
 

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from ptm.common.config import Choice
+from ptm.kernels.fake_quant import NOT_FINITE
 
 
 class GridKind(Choice):
@@ -62,6 +63,11 @@ class Grid:
     @property
     def bits(self) -> int:
         return _INT_BITS.get(self.kind, 6)
+
+    @property
+    def mantissa_bits(self) -> int:
+        """Of a 6-bit grid."""
+        return _FP6[self.kind][1]
 
     @property
     def middle(self) -> int:
@@ -147,12 +153,12 @@ class Grid:
         grouped = self._grouped(w_NK.float())
         low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
         if self.is_symmetric:
-            span = torch.maximum(-low, high) / self.largest
+            span = torch.maximum(low.abs(), high) / self.largest
         else:
             span = (high - low) / (2**self.bits - 1)
         best = self._stored(span)
         if not bool(best.isfinite().all()):
-            raise ValueError("a weight is not finite, or too large for the type of its scale")
+            raise ValueError(NOT_FINITE)
         best_zero = self._zero_points(low, best)
         if num_candidates < 1:
             return best, best_zero
