@@ -229,10 +229,11 @@ def finish(recipe: Recipe, parts: Parts) -> None:
         parts.mode.finish()
     tokenizer = parts.corpus.tokenizer
     asked = [i for i in parts.mode.asked if i >= 0]  # stream_text puts soft tokens before it
-    sample, more = SAMPLE, "prompt='import '"
+    is_text = recipe.mode is ObjectiveKind.pretrain
+    sample, more = SAMPLE, "prompt='import '" if is_text else "question='...'"
     if asked:
         shown = f"{tokenizer.decode(asked)}\n-> "
-        sample, more = Sampling(shown, tuple(asked), max_new_tokens=64), "question='...'"
+        sample = Sampling(shown, tuple(asked), max_new_tokens=64)
     what = "an answer to a held-out question" if asked else "a sample"
     say(f"{what}, temperature {sample.temperature}:\n")
     # Weights are sharded: every rank makes the sample, one shows it.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ptm.checkpoint.expert_rows import export_words
 from ptm.common.errors import CheckpointError, DataError, line
 from ptm.data.chat import ChatTemplate
 from ptm.data.config import DataConfig
@@ -20,6 +22,7 @@ from ptm.data.sft import Encoded, PackedRows, chat_template, open_conversations
 from ptm.eval.answers import exact_answers
 from ptm.mesh.mesh import Mesh
 from ptm.parts import say
+from ptm.quant.grid import GridKind
 from ptm.recipe import Recipe
 from ptm.trainer.config import ObjectiveKind
 from ptm.trainer.loop import Batches as StepBatches
@@ -37,6 +40,11 @@ def base_tokenizer(recipe: Recipe) -> DataConfig:
     if not Path(base).is_dir():
         rule = "is not there, and fine-tuning starts from it"
         remedy = "run `ptm train recipe=m32` first (minutes), or name a model's folder"
+        if recipe.adapter.has_codes:
+            words = export_words(GridKind(recipe.adapter.base))
+            remedy = f"make one with `ptm export RUN {words}`, or name one"
+        if (recipe.run_dir / "checkpoints").is_dir():
+            rule, remedy = "is not there, and this run began with its weights", "put it back"
         raise CheckpointError(line("train.init_from", base, rule, remedy))
     folder = tokenizer_folder(base)
     if data.tokenizer is not None or folder is None:
@@ -185,7 +193,8 @@ class BeforeAfter:
         if step == 0:
             before = self.evaluate()
             if is_main:
-                self.path.write_text(json.dumps(before, indent=1) + "\n")
+                plain = {k: v if math.isfinite(v) else None for k, v in before.items()}
+                self.path.write_text(json.dumps(plain, indent=1) + "\n")
 
     def evaluate(self) -> dict[str, float]:
         self.last = self._evaluate()
@@ -197,4 +206,5 @@ class BeforeAfter:
         before = json.loads(self.path.read_text()) if self.path.is_file() else {}
         say(f"\n{'held out':34} {'before':>9} {'after':>9}")
         for key, name in self.names.items():
-            say(f"{name:34} {before.get(key, float('nan')):9.4f} {after[key]:9.4f}")
+            was = before.get(key)
+            say(f"{name:34} {math.nan if was is None else was:9.4f} {after[key]:9.4f}")

@@ -19,11 +19,11 @@ EXPERTS = re.compile(r"(.*\.experts)\.(w[12])")
 
 
 def refuse_other_codes(folder: Path, kind: GridKind) -> None:
-    """Raise RecipeError unless the folder is an export with all experts on that grid."""
+    """Raise RecipeError unless the folder is an export with all experts on that grid, in groups and
+    without zero points as they are held."""
 
-    def refusal(rule: str) -> RecipeError:
-        bits = {GridKind.int4: "bits=4", GridKind.int8: "bits=8"}
-        how = bits.get(kind, f"format=fp6 fp6={str(kind).removeprefix('fp6_')}")
+    def refusal(rule: str, more: str = "") -> RecipeError:
+        how = f"{export_words(kind)} {more}".strip()
         remedy = f"make one with `ptm export RUN {how}` and name its folder in train.init_from"
         return RecipeError(line("adapter.base", kind, rule, remedy))
 
@@ -32,15 +32,25 @@ def refuse_other_codes(folder: Path, kind: GridKind) -> None:
     opened = open_hf(folder)
     if opened.quantized is None:
         raise refusal(f"needs an export with codes, and {folder} has weights")
-    there, model = set(opened.quantized.modules), opened.model
+    there, model, held = set(opened.quantized.modules), opened.model, RowFormat(kind, 2)
+    inputs = {"w1": model.hidden_size, "w2": model.moe_intermediate_size}
     for i in range(model.num_hidden_layers):
         for e in range(model.num_experts):
             for which in ("w1", "w2"):
                 module = f"model.layers.{i}.mlp.experts.{e}.{which}"
                 if module not in there:
                     raise refusal(f"needs codes of all experts, and {module} has weights")
-                if (found := opened.quantized.config.grid_of(module).kind) is not kind:
-                    raise refusal(f"is another grid than the {found} of {module}")
+                grid = opened.quantized.config.grid_of(module)
+                if grid.kind is not kind:
+                    raise refusal(f"is another grid than the {grid.kind} of {module}")
+                if (found := held.refusal(grid, inputs[which])) is not None:
+                    raise refusal(f"cannot be held, as {module} {found[0]}", found[1])
+
+
+def export_words(kind: GridKind) -> str:
+    """What `ptm export` is told for that grid."""
+    bits = {GridKind.int4: "bits=4", GridKind.int8: "bits=8"}
+    return bits.get(kind, f"format=fp6 fp6={str(kind).removeprefix('fp6_')}")
 
 
 def expert_rows(opened: Opened, name: str, held: RowFormat) -> Tensor:
@@ -57,7 +67,7 @@ def expert_rows(opened: Opened, name: str, held: RowFormat) -> Tensor:
                 raise ValueError("has inputs in another order")
             rows.append(held.encode(q))
         except ValueError as error:
-            rule = f"{error}, and codes are held of {held.kind}, without zero points, in order"
-            remedy = "export it with ptm, or leave adapter.base out"
+            remedy = "make the export with ptm, or leave adapter.base out"
+            rule = f"{error}, and cannot be held as codes"
             raise CheckpointError(line("tensor", module, rule, remedy)) from None
     return torch.cat(rows)

@@ -1,9 +1,9 @@
 """Bytes, counts and seconds for people, and back.
 
 Bytes are binary (KiB = 1024); a plain K, M, G or T is read as binary too, because an "80G" card or
-a "24G" limit means that. The short form `1.3G` is for log lines, the long form `1.30 GiB` for
-tables and errors. Names of variables end in their unit (`page_bytes`, `step_s`, `batch_tokens`);
-nothing here guesses a unit from a name.
+a "24G" limit means that. KB, MB, GB and TB are read as decimal, as files are counted. The short
+form `1.3G` is for log lines, the long form `1.30 GiB` for tables and errors. Names of variables end
+in their unit (`page_bytes`, `step_s`, `batch_tokens`); nothing here guesses a unit from a name.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from ptm.common.errors import RecipeError, line
 
 KIB, MIB, GIB, TIB = 2**10, 2**20, 2**30, 2**40
 _SIZES = {"": 1, "K": KIB, "M": MIB, "G": GIB, "T": TIB}
-_BYTES = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", re.IGNORECASE)
+_DECIMAL = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_BYTES = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?B)?\s*", re.IGNORECASE)
 
 
 def format_bytes(count: float) -> str:
@@ -37,13 +38,15 @@ def short_bytes(count: float) -> str:
 
 
 def parse_bytes(value: str | int | float, *, key: str = "bytes") -> int:
-    """Bytes from `80GiB`, `80G`, `512 MB` or a number of bytes. Raises RecipeError naming `key`."""
+    """Bytes from `80GiB`, `80G`, `512 MB` (decimal) or a number. Raises RecipeError of `key`."""
     matched = _BYTES.fullmatch(str(value))
     if matched is None or isinstance(value, bool):
         raise RecipeError(
             line(key, value, "must be a size in bytes", "write it like 80GiB or 512MiB")
         )
-    return int(float(matched[1]) * _SIZES[matched[2].upper()])
+    letter, unit = matched[2].upper(), (matched[3] or "").upper()
+    sizes = _DECIMAL if letter and unit == "B" else _SIZES
+    return int(float(matched[1]) * sizes[letter])
 
 
 def format_count(count: float) -> str:

@@ -185,7 +185,10 @@ def _shape(tensors: dict[str, Tensor]) -> tuple[int, int]:
 
 
 def _scales(scale: Tensor, N: int, K: int, grid: Grid) -> Tensor:
-    return _shaped(scale, (N, grid.num_groups(K)), "scales").contiguous()
+    found = _shaped(scale, (N, grid.num_groups(K)), "scales").contiguous()
+    if not bool(found.isfinite().all()):
+        raise ValueError("a scale is not finite")
+    return found
 
 
 def _shaped(tensor: Tensor, shape: tuple[int, ...], name: str) -> Tensor:

@@ -47,18 +47,26 @@ class RowFormat:
         """Elements of pages that a row takes."""
         return self.row_bytes(num_inputs) // self.element_bytes
 
+    def refusal(self, grid: Grid, num_inputs: int) -> tuple[str, str] | None:
+        """Why rows of codes on that grid cannot be held, and what an export must be told; None if
+        they can."""
+        group, own = self.group(num_inputs), grid.group or num_inputs
+        if grid.kind is not self.kind:
+            return f"is of {grid.kind}", ""
+        if not grid.is_symmetric:
+            return "has zero points", "symmetric=true"
+        if own % group or group < LEAST_GROUP:
+            return f"has groups of {own} of {num_inputs} inputs", f"group={group}"
+        return None
+
     def encode(self, q: Quantized) -> Tensor:
-        """(N, row_bytes) uint8. Raises ValueError for codes of another grid."""
+        """(N, row_bytes) uint8. Raises ValueError for codes that cannot be held."""
         N, K = q.codes_NK.shape
         group, own = self.group(K), q.grid.group or K
-        if q.grid.kind is not self.kind:
-            raise ValueError(f"is of {q.grid.kind}")
-        if not q.grid.is_symmetric:
-            raise ValueError("has zero points")
+        if (found := self.refusal(q.grid, K)) is not None:
+            raise ValueError(found[0])
         if q.scale_NG.dtype != torch.float16:
             raise ValueError(f"has scales in {str(q.scale_NG.dtype).removeprefix('torch.')}")
-        if own % group or group < LEAST_GROUP:
-            raise ValueError(f"has groups of {own} of {K} inputs, and {group} are held")
         scale_NG = q.scale_NG.repeat_interleave(own // group, dim=1)[:, : K // group]
         out = torch.zeros(N, self.row_bytes(K), dtype=torch.uint8)
         start = 2 * scale_NG.shape[1]

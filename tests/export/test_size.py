@@ -73,7 +73,7 @@ def planned(capsys: pytest.CaptureFixture, **keys: Any) -> dict[tuple[str, str],
 @pytest.mark.parametrize("gib", [20.1, 23.27, 40.0, 74.0])
 def test_a_plan_fits_its_size(capsys: pytest.CaptureFixture, gib: float) -> None:
     given = {"bits": "auto"} if gib < 30 else {}
-    found = planned(capsys, size=f"{gib}GB", **given)
+    found = planned(capsys, size=f"{gib}GiB", **given)
     number, unit = next(size for (kind, _), (_, size) in found.items() if kind == "all").split()
     assert unit == "GiB" and gib - 0.05 <= float(number) <= gib  # an expert more
     experts = {bits: count for (kind, bits), (count, _) in found.items() if kind == "experts.w2"}

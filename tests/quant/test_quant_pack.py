@@ -112,6 +112,7 @@ def test_what_does_not_belong_together_is_refused() -> None:
         ({"qzeros": good["qzeros"][:, :1]}, "qzeros has shape"),
         ({"g_idx": torch.zeros(64, dtype=torch.int32)}, "g_idx does not put 16"),
         ({"qzeros": good["qzeros"] + 1}, "not those of a symmetric grid"),
+        ({"scales": good["scales"] * torch.nan}, "a scale is not finite"),
     ):
         with pytest.raises(ValueError, match=what):
             from_tensors(good | changes, q.grid, Format.gptq)

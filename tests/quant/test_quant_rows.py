@@ -39,7 +39,7 @@ def test_a_row_takes_the_bits_of_its_codes_and_a_scale_a_group(kind: GridKind) -
     [
         (GridKind.int8, Grid(GridKind.int4), 128, "is of int4"),
         (GridKind.int4, Grid(GridKind.int4, is_symmetric=False), 128, "has zero points"),
-        (GridKind.int4, Grid(GridKind.int4, 32), 128, "groups of 32 of 128 inputs, and 128"),
+        (GridKind.int4, Grid(GridKind.int4, 32), 128, "groups of 32 of 128 inputs"),
         (GridKind.int4, Grid(GridKind.int4, 8), 8, "groups of 8 of 8"),
         (GridKind.int4, Grid(GridKind.int4, scale_dtype=torch.bfloat16), 128, "scales in bfloat16"),
     ],

@@ -79,12 +79,16 @@ def test_other_exports_are_one_line_before_a_run_folder(
         "`ptm export RUN bits=4` and name its folder in train.init_from",
         (export, "int8"): "adapter.base=int8: is another grid than the int4 of "
         "model.layers.0.mlp.experts.0.w1",
-        (uneven, "int4"): "tensor=model.layers.0.mlp.experts.0.w1: has zero points",
+        (uneven, "int4"): "adapter.base=int4: cannot be held, as "
+        "model.layers.0.mlp.experts.0.w1 has zero points; make one with "
+        "`ptm export RUN bits=4 symmetric=true`",
+        (tmp_path / "none", "int8"): f"train.init_from={tmp_path}/none: is not there, and "
+        "fine-tuning starts from it; make one with `ptm export RUN bits=8`",
     }
     for (folder, kind), rule in told.items():
         run = tmp_path / "run"
         done = runs.launch(0, words(run, folder, text, **{"adapter.base": kind}), cache)
         last = done.stderr.splitlines()[-1]
         assert last.startswith(rule), done.stderr[-2000:]
-        assert done.returncode == (2 if folder is not uneven else 4)
-        assert not run.exists() or folder is uneven
+        assert done.returncode == (2 if folder.exists() else 4)
+        assert len(done.stderr.splitlines()) == 1 and not run.exists()
