@@ -137,6 +137,9 @@ class Recipe:
             raise RecipeError(line("train.warmup_steps", t.warmup_steps, rule, remedy))
 
     def _check_adapter(self) -> None:
+        if self.qat.made() is not None:
+            rule = f"trains weights on a grid, and adapter.kind={self.adapter.kind} freezes them"
+            raise RecipeError(line("qat.grid", self.qat.grid, rule, "leave one of them out"))
         if self.train.init_from is None:
             rule, remedy = "has no weights to change", "set train.init_from"
         elif self.engine.kind is not EngineKind.paged or self.engine.ssd_path is not None:

@@ -214,6 +214,18 @@ def test_names_of_runs(tmp_path: Path) -> None:
         (["adapter.prompt_tokens=512"], "adapter.prompt_tokens=512: leaves no place in rows of"),
         (["engine.kind=fsdp"], "adapter.kind=prompt: needs engine.kind=paged without"),
         (["train.init_from=null"], "adapter.kind=prompt: has no weights to change"),
+        (
+            ["adapter.base=int4", "engine.zero=1"],
+            "adapter.base=int4: would be whole weights in every block with engine.zero=1; leave",
+        ),
+        (
+            ["qat.grid=int4"],
+            "qat.grid=int4: trains weights on a grid, and adapter.kind=prompt freezes them; leave",
+        ),
+        (
+            ["adapter.base=int4", "adapter.kind=none"],
+            "adapter.base=int4: needs frozen weights, and all are trained; set adapter.kind=lora",
+        ),
     ],
 )
 def test_where_soft_tokens_cannot_be_trained(words: list[str], message: str) -> None:
