@@ -2,8 +2,8 @@
 
     layout.py   which element lies where          weights.py  gather, release
     states.py   numbers in pages                  grads.py    sums to their owners
-    store.py    pages in frames and files         update.py   the optimizer over pages
-                                                  hooks.py    when
+    page_rows.py  to save, load and fill them     update.py   the optimizer over pages
+    store.py    pages in frames and files         hooks.py    when
 
 One step, on every rank:
 
@@ -37,9 +37,10 @@ from ptm.engine.layout import Format, Layout, Named, PageMap, Slot, make_layout
 from ptm.engine.open_file import forget_other_layouts
 from ptm.engine.open_store import Tiers, describer, fingerprint
 from ptm.engine.outcome import Outcome, agree, clip_factor
+from ptm.engine.page_rows import PageRows
 from ptm.engine.reshard import read_into
 from ptm.engine.state import StateRows, stored_shape
-from ptm.engine.states import PagedStates, PageRows
+from ptm.engine.states import PagedStates
 from ptm.engine.timing import Decision, Exact, make_timing
 from ptm.engine.update import Update, Updater
 from ptm.engine.weights import Gathered, Weights, nothing

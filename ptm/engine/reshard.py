@@ -22,8 +22,9 @@ from ptm.common.errors import CheckpointError, line
 from ptm.engine.commit import PageReader
 from ptm.engine.layout import Layout, Named, PageMap, make_layout
 from ptm.engine.open_file import folders_of, newest_of_layout
+from ptm.engine.page_rows import PageRows
 from ptm.engine.state import StateRows
-from ptm.engine.states import PagedStates, PageRows
+from ptm.engine.states import PagedStates
 
 KEPT_PAGES = 8
 

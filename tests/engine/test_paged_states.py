@@ -5,7 +5,8 @@ import torch
 
 from ptm.engine.config import EngineConfig, MomentsKind
 from ptm.engine.layout import Format, Named, PageMap, make_layout
-from ptm.engine.states import PagedStates, PageRows
+from ptm.engine.page_rows import PageRows
+from ptm.engine.states import PagedStates
 from tests.support.mesh import mesh_of_test
 from tests.support.paged import PlainStore, make_engine, run_steps, whole_state
 from tests.support.ranks import run_ranks

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from ptm.engine.layout import Format, Named, PageMap, make_layout
-from ptm.engine.states import PagedStates, PageRows, Room
+from ptm.engine.page_rows import PageRows
+from ptm.engine.states import PagedStates, Room
 from ptm.engine.stream import CHUNK, HOST
 from ptm.engine.update import update_group
 from ptm.kernels import native
