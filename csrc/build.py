@@ -34,13 +34,14 @@ FLAGS = [
     "-Wno-uninitialized",  # GCC 12 warns about its own intrinsics
     "-pthread",
 ]  # fmt: skip
-AVX512 = ["-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni", "-mavx512vbmi",
-          "-mprefer-vector-width=512"]  # fmt: skip
+AVX512 = ["-march=x86-64-v4", "-mprefer-vector-width=512"]
+BF16 = [*AVX512, "-mavx512bf16", "-mavx512vnni", "-mavx512vbmi"]
 ISAS: dict[str, list[str]] = {
     "portable": ["-DPTM_ISA=0", *(["-march=x86-64-v2"] if X86 else [])],
     "avx2": ["-DPTM_ISA=1", "-march=x86-64-v3"],
     "avx512": ["-DPTM_ISA=2", *AVX512],
-    "amx": ["-DPTM_ISA=3", *AVX512, "-mamx-tile", "-mamx-bf16", "-mamx-int8"],
+    "avx512_bf16": ["-DPTM_ISA=3", *BF16],
+    "amx": ["-DPTM_ISA=4", *BF16, "-mamx-tile", "-mamx-bf16", "-mamx-int8"],
 }
 LINK = ["-shared", "-pthread", "-static-libgcc", "-static-libstdc++", "-Wl,-z,defs",
         "-Wl,--exclude-libs,ALL"]  # fmt: skip

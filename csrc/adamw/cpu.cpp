@@ -1,4 +1,4 @@
-// isa: portable avx2 avx512
+// isa: portable avx2 avx512_bf16
 // AdamW over a range of a page in one visit: the gradient's sum of squares, its scaling, masters
 // from weights and rests, moments from codes, the update, and all of them stored again.
 //

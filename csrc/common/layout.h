@@ -64,11 +64,15 @@ inline void zip(__m512i a, __m512i b, __m512i& lower, __m512i& upper) {
 
 // Two rows of 16 floats, rounded: dwords (a[i], b[i])
 inline __m512i zipped(__m512 a, __m512 b) {
+#if PTM_ISA_BF16
   alignas(64) static constexpr uint16_t kHalves[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
                              21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
                              11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
   return _mm512_permutexvar_epi16(_mm512_load_si512(kHalves),
-                  (__m512i)_mm512_cvtne2ps_pbh(b, a));
+                  rounded(a, b));
+#else
+  return (__m512i)(near((vf)a) >> 16 | (near((vf)b) & 0xffff0000u));
+#endif
 }
 
 #else

@@ -1,4 +1,5 @@
-// What this CPU and its kernel can do: 0 portable, 1 avx2, 2 avx512, 3 amx (the order of ptm.h).
+// What this CPU and its kernel can do: 0 portable, 1 avx2, 2 avx512, 3 avx512_bf16, 4 amx (the
+// order of ptm.h).
 #include "ptm.h"
 
 #include <initializer_list>
@@ -35,7 +36,7 @@ bool tiles_granted() {
 }
 
 int detect() {
-  const int PORTABLE = 0, AVX2 = 1, AVX512 = 2, AMX = 3;
+  const int PORTABLE = 0, AVX2 = 1, AVX512 = 2, AVX512_BF16 = 3, AMX = 4;
   uint32_t a, b, c, d;
   if (!__get_cpuid(0x80000001, &a, &b, &c, &d) || !all(c, {5})) return PORTABLE;  // LZCNT
   if (!__get_cpuid(1, &a, &b, &c, &d) || !all(c, {12, 22, 27, 28, 29}))
@@ -47,9 +48,9 @@ int detect() {
   bool f_dq_cd_bw_vl = all(b, {16, 17, 28, 30, 31});
   bool vbmi_vnni = all(c, {1, 11});
   bool has_tiles = all(d, {22, 24, 25});  // AMX bf16, tile, int8
-  if (!f_dq_cd_bw_vl || !vbmi_vnni || (saved & 0xe6) != 0xe6) return AVX2;
-  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !all(a, {5})) return AVX2;  // AVX-512 BF16
-  return has_tiles && (saved & 0x60000) == 0x60000 && tiles_granted() ? AMX : AVX512;
+  if (!f_dq_cd_bw_vl || (saved & 0xe6) != 0xe6) return AVX2;
+  if (!vbmi_vnni || !__get_cpuid_count(7, 1, &a, &b, &c, &d) || !all(a, {5})) return AVX512;
+  return has_tiles && (saved & 0x60000) == 0x60000 && tiles_granted() ? AMX : AVX512_BF16;
 }
 
 }  // namespace

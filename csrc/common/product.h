@@ -1,8 +1,9 @@
 // The product that moe_mlp and attention are made of: 32 rows of A times two panels of B, in fp32.
 //
 //   AMX        2 x 2 tiles: 4 of C stay in registers, each step of k loads 2 of A and 2 of B
-//   AVX-512    8 rows x 2 panels of C in registers, pairs of A broadcast (vdpbf16ps)
-//   else       rows in fp32, and a few of them at once x 16 columns, widened by shifts (multiply.h)
+//   BF16       8 rows x 2 panels of C in registers, pairs of A broadcast (vdpbf16ps)
+//   else       rows in fp32, and a few of them at once x 16 columns (AVX-512: 32), widened by shifts
+//              (multiply.h)
 #pragma once
 
 #include "amx.h"
@@ -48,7 +49,7 @@ struct Ahead {
   int64_t lines;
 };
 
-#if PTM_ISA_AVX512
+#if PTM_ISA_BF16
 
 // A of a product, as the instruction set wants it
 struct Left {
@@ -104,7 +105,7 @@ inline void product(const Left& left, const uint32_t* b0, const uint32_t* b1, in
   _tile_stored(3, out.c[1][1], 64);
 }
 
-#elif PTM_ISA_AVX512
+#elif PTM_ISA_BF16
 
 template <class Between>
 inline void product(const Left& left, const uint32_t* b0, const uint32_t* b1, int64_t k, bool add,
@@ -157,10 +158,16 @@ struct Left {
 template <class Between>
 inline void product(const Left& a, const uint32_t* b0, const uint32_t* b1, int64_t k, bool add,
                     Block& out, Ahead, Between) {
-  for (int q = 0; q < 2; q++)
-    for (int half = 0; half < 2; half++)
-      multiply(a.rows[16 * half], kDeep + 16, 16, k, PairedColumns{q ? b1 : b0}, out.c[half][q][0],
-               16, add);
+  for (int half = 0; half < 2; half++) {
+    const float* rows = a.rows[16 * half];
+    if (PTM_ISA_AVX512) {
+      multiply(rows, kDeep + 16, 16, k, PairedColumns{b0, b1 - b0}, out.c[half][0][0], 16, add,
+               out.c[half][1][0] - out.c[half][0][0]);
+    } else {
+      for (int q = 0; q < 2; q++)
+        multiply(rows, kDeep + 16, 16, k, PairedColumns{q ? b1 : b0}, out.c[half][q][0], 16, add);
+    }
+  }
 }
 
 #endif

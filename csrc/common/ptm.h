@@ -1,14 +1,15 @@
 // What every kernel includes: the export of an op for the instruction set being compiled, bf16,
 // status codes and parallel_for. See docs/kernels.md.
 //
-// A file csrc/<op>/cpu*.cpp is compiled once per instruction set with one of PTM_ISA=0, 1, 2, 3:
+// A file csrc/<op>/cpu*.cpp is compiled once per instruction set with one of PTM_ISA=0, 1, 2, 3, 4:
 //
 //   PTM_ISA_PORTABLE  1 only in the portable build (x86-64-v2, or what another CPU has)
 //   PTM_ISA_AVX2      1 from the avx2 build up: AVX2, FMA, F16C exist
-//   PTM_ISA_AVX512    1 in the avx512 and the amx build: AVX-512 F/BW/DQ/VL/BF16/VNNI/VBMI exist
+//   PTM_ISA_AVX512    1 from the avx512 build up: AVX-512 F/CD/BW/DQ/VL exist
+//   PTM_ISA_BF16      1 in the avx512_bf16 and the amx build: AVX-512 BF16/VNNI/VBMI exist too
 //   PTM_ISA_AMX       1 only in the amx build: AMX tiles for bf16 and int8 exist too
 //
-// A line `// isa: portable avx2 avx512` at the head of a file limits it to these; without an object
+// A line `// isa: portable avx2 avx512_bf16` at the head of a file limits it to these; without an object
 // for the machine's own set the next lower one serves. A file that is not named cpu*.cpp is
 // compiled once, portably. A file csrc/<op>/cuda*.cu is compiled by nvcc (device.h).
 #pragma once
@@ -24,12 +25,15 @@
 #define PTM_ISA_PORTABLE (PTM_ISA == 0)
 #define PTM_ISA_AVX2 (PTM_ISA >= 1)
 #define PTM_ISA_AVX512 (PTM_ISA >= 2)
-#define PTM_ISA_AMX (PTM_ISA >= 3)
+#define PTM_ISA_BF16 (PTM_ISA >= 3)
+#define PTM_ISA_AMX (PTM_ISA >= 4)
 
 #if defined(__CUDACC__)
 #define PTM_ISA_NAME cuda
 #elif PTM_ISA_AMX
 #define PTM_ISA_NAME amx
+#elif PTM_ISA_BF16
+#define PTM_ISA_NAME avx512_bf16
 #elif PTM_ISA_AVX512
 #define PTM_ISA_NAME avx512
 #elif PTM_ISA_AVX2

@@ -15,7 +15,7 @@ namespace PTM_NAMESPACE {
 typedef __m512i Row32;
 
 PTM_INLINE Row32 rounded(const float* first, const float* second) {
-  return (__m512i)_mm512_cvtne2ps_pbh(_mm512_load_ps(second), _mm512_load_ps(first));
+  return rounded(_mm512_load_ps(first), _mm512_load_ps(second));
 }
 PTM_INLINE void put(bf16* to, Row32 row) { _mm512_storeu_si512(to, row); }
 #elif PTM_ISA_AVX2

@@ -54,12 +54,26 @@ PTM_INLINE vu near(vf x) {
 
 // AVX-512's instruction makes numbers below 1.2e-38 zero, which the other path keeps.
 PTM_INLINE vh rounded(vf x) {
-#if PTM_ISA_AVX512
+#if PTM_ISA_BF16
   return (vh)_mm512_cvtneps_pbh((__m512)x);
 #else
   return halves(near(x) >> 16);
 #endif
 }
+#if PTM_ISA_AVX512
+// 32 of bf16: those of `low`, then those of `high`
+PTM_INLINE __m512i rounded(__m512 low, __m512 high) {
+#if PTM_ISA_BF16
+  return (__m512i)_mm512_cvtne2ps_pbh(high, low);
+#else
+  alignas(64) static constexpr uint16_t kUpper[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21,
+                            23, 25, 27, 29, 31, 33, 35, 37, 39, 41, 43,
+                            45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+  return _mm512_permutex2var_epi16((__m512i)near((vf)low), _mm512_load_si512(kUpper),
+                   (__m512i)near((vf)high));
+#endif
+}
+#endif
 PTM_INLINE vf widened(vh half) {
 #if PTM_ISA_AVX2 && !PTM_ISA_AVX512
   return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)half), 16);
@@ -78,7 +92,7 @@ PTM_INLINE void store(bf16* p, vf x) {
 }
 // What a store in type T and a load would give back.
 PTM_INLINE vf as_stored(const bf16*, vf x) {
-#if PTM_ISA_AVX512
+#if PTM_ISA_BF16
   return widened(rounded(x));
 #else
   return (vf)(near(x) & 0xffff0000u);

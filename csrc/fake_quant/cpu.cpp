@@ -1,4 +1,4 @@
-// isa: portable avx2 avx512
+// isa: portable avx2 avx512_bf16
 // Weights to their nearest on a grid and back, the scales among them, as ptm/quant/grid.py has it
 // without candidates: one visit to find a group's scale, one in the cache to round.
 //

@@ -132,7 +132,7 @@ PTM_INLINE void to_gradient(const Head& h, const Blocks& b, int64_t v0, int64_t 
     __m512i rows[2];
     for (int j = 0; j < 2; j++) {
       int64_t at = (i + j) * 16;
-      rows[j] = (__m512i)_mm512_cvtne2ps_pbh(_mm512_load_ps(c[2] + at), _mm512_load_ps(c[0] + at));
+      rows[j] = rounded(_mm512_load_ps(c[0] + at), _mm512_load_ps(c[2] + at));
       if (i + j >= kept) rows[j] = _mm512_setzero_si512();
       int64_t tile = (v + i) / 16 * (h.tokens / 32) + t / 32;
       _mm512_store_si512(b.p.data + tile * TILE + (i + j) % 16 * 32, rows[j]);
@@ -145,7 +145,7 @@ PTM_INLINE void to_gradient(const Head& h, const Blocks& b, int64_t v0, int64_t 
 
 PTM_INLINE void store_pair(bf16* to, const float* low, const float* high, int64_t count) {
   __mmask32 mask = count >= 32 ? ~0u : (1u << count) - 1;
-  __m512i both = (__m512i)_mm512_cvtne2ps_pbh(_mm512_load_ps(high), _mm512_load_ps(low));
+  __m512i both = rounded(_mm512_load_ps(low), _mm512_load_ps(high));
   _mm512_mask_storeu_epi16(to, mask, both);
 }
 

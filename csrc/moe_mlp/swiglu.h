@@ -114,8 +114,8 @@ inline void swiglu_backward(const Block& dh, int64_t r, const bf16* hidden0, con
       by_g[q] = _mm512_mul_ps(_mm512_mul_ps(d, u), _mm512_fnmadd_ps(a, s, _mm512_add_ps(a, s)));
     }
     _mm512_store_ps(sums, total);
-    _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(by_g[1], by_g[0]));
-    _mm512_storeu_si512(to + F, (__m512i)_mm512_cvtne2ps_pbh(by_u[1], by_u[0]));
+    _mm512_storeu_si512(to, rounded(by_g[0], by_g[1]));
+    _mm512_storeu_si512(to + F, rounded(by_u[0], by_u[1]));
   }
   for (int q = 0; q < 2; q++) _mm512_store_si512(pairs + q * stride, zipped(h[0][q], h[1][q]));
 #else

@@ -1,4 +1,4 @@
-// isa: portable avx2 avx512
+// isa: portable avx2 avx512_bf16
 // Residual add and RMSNorm of rows, and its backward, in one visit of memory each.
 //
 //   s = x + residual (rounded to T)    y = round(s * rstd) * weight    rstd = (mean(s^2) + eps)^-1/2

@@ -1,4 +1,4 @@
-// isa: portable avx2 avx512
+// isa: portable avx2 avx512_bf16
 // Rotary positions of queries and keys, from the rows of the two projections to heads in front of
 // positions, in one visit. Yuan's checkpoints lay [q | k] of a token out as H heads x (q, k) x K:
 // of the 2H slices of K numbers, head h has slice 2h as its query and 2h + 1 as its key.

@@ -1,4 +1,4 @@
-// isa: portable avx2 avx512
+// isa: portable avx2 avx512_bf16
 // The attention router of ptm/kernels/router.py, a token at a time; its E x E attention stays in
 // registers. The largest product of a query is with the largest or the smallest key, by its sign: no
 // pass looks for it, and q (k - that key) is exact where q k - max would cancel. The backward computes again only rows of the attention with a gradient.

@@ -1,3 +1,4 @@
+// isa: portable avx2 avx512_bf16 amx
 // Products with quantized weights: a linear, and SwiGLU experts over routed rows.
 //
 //   wq_linear   y[m, n] = sum_k x[m, k] w[n, k]

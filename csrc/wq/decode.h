@@ -10,7 +10,7 @@
 
 #include "packed.h"
 
-#if PTM_ISA_AVX2 && !PTM_ISA_AVX512
+#if PTM_ISA_AVX2 && !PTM_ISA_BF16
 
 namespace PTM_NAMESPACE {
 

@@ -17,7 +17,7 @@
 
 namespace PTM_NAMESPACE {
 
-#if PTM_ISA_AVX512
+#if PTM_ISA_BF16
 
 constexpr int64_t GRAIN = 4;  // panels of a part
 
@@ -301,7 +301,7 @@ int fast_linear(const bf16* x, int64_t inputs, int64_t M, const float* sums, con
 // x (M, inputs), contiguous, against all of w.
 template <class T, class F>
 int linear(const T* x, int64_t inputs, int64_t M, const Packed& w, int64_t threads, F take) {
-#if PTM_ISA_AVX512
+#if PTM_ISA_BF16
   Scratch<float> sums(w.zero ? (M + 31) / 32 * 32 * w.groups() : 1);
   if (!sums.data) return PTM_NO_MEMORY;
   for (int64_t m = 0; w.zero && m < M; m++)

@@ -84,7 +84,7 @@ inline void decode_input(const Packed& w, int64_t p, int64_t k, float* to) {
   }
 }
 
-#if PTM_ISA_AVX512
+#if PTM_ISA_BF16
 
 PTM_INLINE __m512 scales_of(const Packed& w, int64_t p, int64_t g) {
   int64_t at = (p * w.groups() + g) * PANEL;

@@ -9,7 +9,7 @@
 #include "../common/multiply.h"
 #include "decode.h"
 
-#if !PTM_ISA_AVX512
+#if !PTM_ISA_BF16
 
 namespace PTM_NAMESPACE {
 

@@ -1,9 +1,9 @@
 """The door to the compiled kernels: which one serves, and calls into libptm_cpu.so and
 libptm_cuda.so.
 
-csrc/build.py makes the library; docs/kernels.md has the conventions. A kernel `op` is up to four C
-functions, ptm_<op>_portable, _avx2, _avx512 and _amx, and the highest that exists and that this CPU
-can run serves. Where there is no library, for other devices, and with
+csrc/build.py makes the library; docs/kernels.md has the conventions. A kernel `op` is up to five C
+functions, ptm_<op>_portable, _avx2, _avx512, _avx512_bf16 and _amx, and the highest that
+exists and that this CPU can run serves. Where there is no library, for other devices, and with
 PTM_BACKEND=reference, the plain torch of ptm/kernels/<op>.py serves instead: its public function
 asks `serves` and takes one path or the other.
 
@@ -30,7 +30,7 @@ from torch import Tensor
 from ptm.common import env
 from ptm.common.errors import KernelError, RecipeError, line
 
-ISAS = ("portable", "avx2", "avx512", "amx")  # the order of csrc/common/ptm.h
+ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")  # the order of csrc/common/ptm.h
 STATUS = {1: "out of memory", 2: "shapes it cannot do", 3: "timed out", 4: "a system call failed",
           5: "CUDA refused the launch"}  # fmt: skip
 LIBRARY = Path(__file__).with_name("libptm_cpu.so")
