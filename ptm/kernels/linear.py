@@ -1,9 +1,9 @@
 """Dense products on the CPU: x W^T, and how bf16 is multiplied where the CPU has no such products.
 
 CPUs without products of bf16 (AVX2 and below: most laptops; AVX-512 before Cooper Lake and Zen 4)
-take 3 to 60 times as long for torch's products of bf16 as for those of fp32. There operands are widened and multiplied in fp32, and the
-result is rounded once, which is what a product of bf16 does in hardware. Few rows are left to
-torch: they cost less than widening the weight.
+take 3 to 60 times as long for torch's products of bf16 as for those of fp32. There operands are
+widened and multiplied in fp32, and the result is rounded once, which is what a product of bf16 does
+in hardware. Few rows are left to torch: they cost less than widening the weight.
 
 Measured 2026-11, one core of an AMD EPYC (Zen 3): 2,048 tokens of mini, forward and backward, 2.3 s
 in place of 18; of a Xeon of Cascade Lake (AVX-512 without bf16), 2.2 in place of 4.
