@@ -142,8 +142,8 @@ class Recipe:
             raise RecipeError(line("qat.grid", self.qat.grid, rule, "leave one of them out"))
         if self.train.init_from is None:
             rule, remedy = "has no weights to change", "set train.init_from"
-        elif self.engine.kind is not EngineKind.paged or self.engine.ssd_path is not None:
-            rule, remedy = "needs engine.kind=paged without engine.ssd_path", "leave them out"
+        elif self.engine.kind is not EngineKind.paged:
+            rule, remedy = f"is not there with engine.kind={self.engine.kind}", "leave that out"
         elif self.adapter.has_codes and self.engine.zero not in (0, 3):
             rule = f"would be whole weights in every block with engine.zero={self.engine.zero}"
             remedy = "leave engine.zero out"

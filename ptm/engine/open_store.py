@@ -238,7 +238,8 @@ def fingerprint(pages: PageMap, layout: Layout) -> str:
         for group, slot in layout.slots()
     ]
     fmt = pages.format
-    text = json.dumps([what, fmt.weight_bytes, fmt.is_split, fmt.is_int8])
+    frozen = [[g.base, str(g.held)] for u in layout.units for g in u.groups if g.is_frozen]
+    text = json.dumps([what, fmt.weight_bytes, fmt.is_split, fmt.is_int8, *frozen])
     # In words as well, for the line about files of other settings.
     weights, moments = "bf16" if fmt.is_split else "fp32", "int8" if fmt.is_int8 else "fp32"
     return f"{weights}-weights-{moments}-moments-{hashlib.sha256(text.encode()).hexdigest()[:32]}"

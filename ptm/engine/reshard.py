@@ -63,14 +63,16 @@ def read_into(
     fingerprint: Callable[[PageMap, Layout], str],
     describer: Callable[[PageMap, Layout], Callable[[int], str]],
 ) -> None:
-    """Fill `state` from the pages of a found step. kinds: prefix of a name -> what it is.
+    """Fill `state` from the pages of a found step. kinds: prefix of a name -> what it is. Frozen
+    weights are not in `state`.
 
     Raises CheckpointError for a damaged page, or pages of another model or format.
     """
     for rank in range(found.world):
         layout = make_layout(units, world=found.world, ep=found.ep, rank=rank)
         reader = PageReader(ssd_path, run_id=found.folder, rank=rank, step=found.step)
-        old = PageMap(layout.numel, reader.identity.page_bytes, pages.format)
+        page_bytes = reader.identity.page_bytes
+        old = PageMap(layout.numel, page_bytes, pages.format, trained=layout.trained)
         if fingerprint(old, layout) != reader.identity.layout:
             rule = "holds pages of another model, precision or engine.moments"
             remedy = "start with the recipe of that run, or name another engine.ssd_path"
@@ -78,7 +80,7 @@ def read_into(
         reader.describe = describer(old, layout)
         states = PagedStates(ReadStore(reader), old, dtype)
         for group, slot in layout.slots():
-            for prefix, what in kinds.items():
+            for prefix, what in kinds.items() if not group.is_frozen else ():
                 mine = state[prefix + slot.name]
                 there = PageRows(states, group, slot, what)
                 part = there.within(mine.first_row, mine.first_row + mine.num_rows)

@@ -212,7 +212,7 @@ def test_names_of_runs(tmp_path: Path) -> None:
             "adapter.kind=prompt: is for mode=sft and not mode=dpo; use adapter.kind=lora",
         ),
         (["adapter.prompt_tokens=512"], "adapter.prompt_tokens=512: leaves no place in rows of"),
-        (["engine.kind=fsdp"], "adapter.kind=prompt: needs engine.kind=paged without"),
+        (["engine.kind=fsdp"], "adapter.kind=prompt: is not there with engine.kind=fsdp"),
         (["train.init_from=null"], "adapter.kind=prompt: has no weights to change"),
         (
             ["adapter.base=int4", "engine.zero=1"],

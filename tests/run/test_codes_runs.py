@@ -62,6 +62,16 @@ def test_codes_train_as_their_weights_do_and_resume(
         finish(runs.launch(2, words(again, export, text, **int4, train__steps=steps), cache))
     assert runs.log(again) == log and runs.digests(again, STEPS) == runs.digests(codes, STEPS)
 
+    disk = tmp_path / "disk"
+    (tmp_path / "pages").mkdir()
+    paged = {"engine.ssd_path": tmp_path / "pages", "checkpoint.interval": 0, **int4}
+    for steps in (4, STEPS):
+        shown = finish(
+            runs.launch(2, words(disk, export, text, **paged, train__steps=steps), cache)
+        )
+    assert "resuming after step 4 from the pages in" in shown and "starting from" not in shown
+    assert runs.log(disk) == log
+
     found = {}
     for run in (codes, weights):
         done = ptm("eval", f"run={run}", "rows=4", cwd=tmp_path, env=environment(cache))

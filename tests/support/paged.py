@@ -139,13 +139,16 @@ def make_engine(
         open_tiers=open_tiers,
     )
     use_adapter(transformer, adapter)
+    named = dict(transformer.named_parameters())
+    missing = list(named)
     if engine.restored is not None:
-        engine.restore()
+        has_frozen = engine.restore()
         engine.updates = engine.restored[1]["updates"]
-        return engine
+        missing = [n for n, p in named.items() if not (has_frozen or p.requires_grad)]
     for name, shape in engine.shapes().items():
-        given = initial(name, torch.Size(shape))
-        engine.fill(name, new_weight(model, name, shape, seed=1) if given is None else given)
+        if name in missing:
+            given = initial(name, torch.Size(shape))
+            engine.fill(name, new_weight(model, name, shape, seed=1) if given is None else given)
     engine.publish()
     return engine
 
