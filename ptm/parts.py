@@ -92,6 +92,7 @@ def build_model(
             dtype=dtype,
             clip=recipe.train.clip,
             recompute=recipe.train.recompute is Recompute.block,
+            adapter=recipe.adapter,
         )
     model = Transformer(recipe.model, dtype=dtype, device="meta")
     add_adapter(model, recipe.adapter)
@@ -219,9 +220,10 @@ def first_weights(
             engine.fill(name, initial(name, torch.Size(shape)))
     if state.step and recipe.adapter.kind is not AdapterKind.none and not has_frozen:
         initial = _initial_weights(recipe, start, encode)  # frozen weights are in no checkpoint
+        shapes = engine.shapes()
         for name, parameter in engine.model.named_parameters():
             if not parameter.requires_grad:
-                engine.fill(name, initial(name, parameter.shape))
+                engine.fill(name, initial(name, torch.Size(shapes[name])))
     last = on_main(peers, lambda: last_logged_step(recipe.run_dir))
     if last > state.step:
         first = state.step + 1

@@ -142,8 +142,10 @@ class Recipe:
             raise RecipeError(line("qat.grid", self.qat.grid, rule, "leave one of them out"))
         if self.train.init_from is None:
             rule, remedy = "has no weights to change", "set train.init_from"
-        elif self.engine.kind is not EngineKind.paged:
-            rule, remedy = f"is not there with engine.kind={self.engine.kind}", "leave that out"
+        elif self.adapter.has_codes and self.engine.kind is not EngineKind.paged:
+            rule = f"needs pages, and engine.kind={self.engine.kind} has none"
+            remedy = "use engine.kind=paged, or leave it out"
+            raise RecipeError(line("adapter.base", self.adapter.base, rule, remedy))
         elif self.adapter.has_codes and self.engine.zero not in (0, 3):
             rule = f"would be whole weights in every block with engine.zero={self.engine.zero}"
             remedy = "leave engine.zero out"

@@ -1,4 +1,5 @@
-"""Models on the engines that are libraries behind the seam: FSDP2 and DeepSpeed."""
+"""Models on the engines that are libraries behind the seam, FSDP2 and DeepSpeed, with the adapter
+of the recipe, if any."""
 
 from __future__ import annotations
 
@@ -8,7 +9,9 @@ import torch
 
 from ptm.engine.config import EngineConfig, EngineKind
 from ptm.mesh.mesh import Mesh
+from ptm.model.adapter import add_adapter, use_adapter
 from ptm.model.config import ModelConfig
+from ptm.model.lora_config import ALL_WEIGHTS, AdapterConfig
 from ptm.model.transformer import Transformer
 from ptm.optim.adamw import adamw
 from ptm.optim.config import OptimConfig
@@ -25,6 +28,7 @@ def adapted_engine(
     dtype: torch.dtype,
     clip: float,
     recompute: bool,
+    adapter: AdapterConfig = ALL_WEIGHTS,
     is_stock: bool = False,
     may_compile: bool = False,
 ) -> tuple[Transformer, fsdp.FsdpEngine | deepspeed.DeepspeedEngine]:
@@ -35,19 +39,23 @@ def adapted_engine(
     is_fsdp = engine.kind is EngineKind.fsdp
     (fsdp.refuse if is_fsdp else deepspeed.refuse)(engine)  # before memory is taken
     made = Transformer(model, dtype=dtype, device="meta" if is_fsdp else mesh.device)
+    add_adapter(made, adapter)
     if recompute:
         recompute_blocks(made.model.layers)
+    found: fsdp.FsdpEngine | deepspeed.DeepspeedEngine
     if is_fsdp:
-        update = functools.partial(adamw, config=optim)
-        return made, fsdp.FsdpEngine(
+        found = fsdp.FsdpEngine(
             made,
             units=made.model.layers,
             mesh=mesh,
             config=engine,
-            update=update,
+            update=functools.partial(adamw, config=optim),
             clip=clip,
             is_stock=is_stock,
         )
-    return made, deepspeed.DeepspeedEngine(
-        made, mesh=mesh, config=engine, optim=optim, clip=clip, may_compile=may_compile
-    )
+    else:
+        found = deepspeed.DeepspeedEngine(
+            made, mesh=mesh, config=engine, optim=optim, clip=clip, may_compile=may_compile
+        )
+    use_adapter(made, adapter)
+    return made, found

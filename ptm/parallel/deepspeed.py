@@ -97,7 +97,8 @@ class DeepspeedEngine:
         self.model, self.mesh, self.stage, self.updates = model, mesh, stage, 0
         named = dict(model.named_parameters())
         self._shapes = {name: tuple(param.shape) for name, param in named.items()}
-        self.params = named
+        self.params = {name: param for name, param in named.items() if param.requires_grad}
+        self.frozen = {name: param for name, param in named.items() if not param.requires_grad}
         self.head: nn.Parameter | None = getattr(model, "head_weight", None)
         self.dtype = next(iter(named.values())).dtype
         numel = sum(param.numel() for param in named.values())
@@ -107,7 +108,7 @@ class DeepspeedEngine:
         enter_as_one(model, lambda *args, **kwargs: self.engine(*args, **kwargs))
         self.engine: Any = deepspeed.initialize(
             model=model,
-            optimizer=_adamw(named.values(), optim),
+            optimizer=_adamw(self.params.values(), optim),
             config=_by_accelerate(settings),
             dist_init_required=False,
         )[0]
@@ -155,19 +156,22 @@ class DeepspeedEngine:
         # A loss that is not finite skips the step even where the gradients are.
         from deepspeed.utils import safe_set_full_grad
 
-        name = min(self._shapes, key=lambda n: math.prod(self._shapes[n]))
+        name = min(self.params, key=lambda n: math.prod(self._shapes[n]))
         bad = torch.full(self._shapes[name], math.nan, device=self.mesh.device)
         safe_set_full_grad(self.params[name], bad)
 
     def fill(self, name: str, value: Tensor) -> None:
         """Set one parameter's master, and its weight, from a whole tensor that every rank holds."""
-        self._set(name, None, value)
+        if name in self.frozen:
+            self._place(self.frozen[name], self._shapes[name], value)
+        else:
+            self._set(name, None, value)
 
     def state(self) -> dict[str, StateRows]:
         """Copies of this rank's rows; all ranks call it together."""
         self._rows = {}
-        for name, shape in self._shapes.items():
-            stored = stored_shape(shape)
+        for name in self.params:
+            stored = stored_shape(self._shapes[name])
             first = stored[0] * self.mesh.rank // self.mesh.world
             last = stored[0] * (self.mesh.rank + 1) // self.mesh.world
             for prefix, key in KINDS.items():
@@ -213,25 +217,34 @@ class DeepspeedEngine:
 
         param, shape = self.params[name], self._shapes[name]
         value = value.reshape(shape).to(self.mesh.device, torch.float32)
-        if self.stage < 3:
-            if key is not None:
-                utils.safe_set_full_optimizer_state(param, value, key)
-                return
+        # At stage 3 the calls for whole tensors fail where ranks do not divide the elements.
+        if key is not None and self.stage < 3:
+            utils.safe_set_full_optimizer_state(param, value, key)
+        elif key is not None:
+            utils.safe_set_local_optimizer_state(param, self._part(param, value), key)
+        elif self.stage < 3:
             utils.safe_set_full_fp32_param(param, value)
+        else:
+            utils.safe_set_local_fp32_param(param, self._part(param, value))
+        if key is None:
+            self._place(param, shape, value)
+
+    @torch.no_grad()
+    def _place(self, param: nn.Parameter, shape: tuple[int, ...], value: Tensor) -> None:
+        """Set a weight as forward and backward read it."""
+        value = value.reshape(shape).to(self.mesh.device)
+        if self.stage == 3:
+            shard: Tensor = param.ds_tensor  # type: ignore[attr-defined]
+            shard.copy_(self._part(param, value))
+        if param.numel() == value.numel():  # at stage 3 small ones stay whole
             param.copy_(value)
-            return
-        # The call for whole tensors fails where ranks do not divide the elements.
+
+    def _part(self, param: nn.Parameter, value: Tensor) -> Tensor:
+        """This rank's part of a whole tensor at stage 3."""
         shard: Tensor = param.ds_tensor  # type: ignore[attr-defined]
         padded = value.new_zeros(shard.numel() * self.mesh.world)
         padded[: value.numel()] = value.reshape(-1)
-        mine = padded.view(self.mesh.world, -1)[self.mesh.rank]
-        if key is not None:
-            utils.safe_set_local_optimizer_state(param, mine, key)
-            return
-        utils.safe_set_local_fp32_param(param, mine)
-        shard.copy_(mine)
-        if param.numel() == value.numel():  # small ones stay whole
-            param.copy_(value)
+        return padded.view(self.mesh.world, -1)[self.mesh.rank]
 
     def _make_moments(self) -> None:
         # DeepSpeed makes them in its first step; a run that goes on has some to write before.

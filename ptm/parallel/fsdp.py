@@ -18,7 +18,8 @@ parts, so experts are shared out whole.
 Not done here: pages, tiers, expert parallelism (engine.kind=paged has them). Traps of FSDP2 that
 this file steps around: its gradient average needs a reduction that gloo refuses (a factor of 1 and
 plain sums are asked for); it casts the inputs of blocks, which would round rotary angles to bf16
-(switched off); entering a unit twice, as `loss` does by calling `hidden`, would register it twice.
+(switched off); entering a unit twice, as `loss` does by calling `hidden`, would register it twice;
+at its first use a unit reads its parameters by name once more, when an adapter may read otherwise.
 """
 
 from __future__ import annotations
@@ -130,7 +131,10 @@ class FsdpEngine:
         units = list(units)
         self.first = [model, *units[:1]]
         shard(model, units, mesh, zero=self.zero, is_stock=is_stock)
-        self.params: dict[str, nn.Parameter] = dict(model.named_parameters())
+        named: dict[str, nn.Parameter] = dict(model.named_parameters())
+        self._shapes = {name: tuple(param.shape) for name, param in named.items()}
+        self.frozen = {name: param for name, param in named.items() if not param.requires_grad}
+        self.params = {name: param for name, param in named.items() if param.requires_grad}
         self.masters = {name: _local(param) for name, param in self.params.items()}
         self.exp_avg, self.exp_avg_sq = (
             {name: torch.zeros_like(master) for name, master in self.masters.items()}
@@ -144,14 +148,14 @@ class FsdpEngine:
         raise AssertionError("nothing to restore")
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(param.shape) for name, param in self.params.items()}
+        return dict(self._shapes)
 
     @torch.no_grad()
     def fill(self, name: str, value: Tensor) -> None:
         """Set one parameter's master from a whole fp32 tensor that every rank holds."""
-        master = self.masters[name]
-        first = _first_row(self.params[name], self.mesh)
-        master.copy_(value[first : first + len(master)])
+        param = self.frozen[name] if name in self.frozen else self.params[name]
+        mine, first = _local(param), _first_row(param, self.mesh)
+        mine.copy_(value[first : first + len(mine)])
 
     def backward(
         self, loss: Tensor, *, is_last: bool, tokens: Tensor | None = None, lr: float = 0.0
@@ -242,7 +246,8 @@ class FsdpEngine:
 def shard(
     model: nn.Module, units: list[nn.Module], mesh: Mesh, *, zero: int, is_stock: bool
 ) -> None:
-    """Apply fully_shard to the units and the root, in fp32 with the model's own type for computing.
+    """Apply fully_shard to the units and the root, in fp32 with the model's own type for computing;
+    frozen parameters stay in that.
 
     Modifies: the model, which is materialised if it is on the meta device.
     """
@@ -254,7 +259,9 @@ def shard(
         reduce_dtype=torch.float32 if zero == 1 else None,
         cast_forward_inputs=False,
     )
-    model.float()
+    for param in model.parameters():
+        if param.requires_grad:
+            param.data = param.data.float()
     for unit in [*units, model]:
         fully_shard(
             unit,
@@ -273,6 +280,9 @@ def shard(
     model.set_reshard_after_backward(zero == 3)  # type: ignore[operator]
     if any(param.is_meta for param in model.parameters()):
         _materialise(model, mesh.device)
+    for unit in [*units, model]:  # FSDP2 reads parameters by name once more, at their first use
+        unit.unshard()  # type: ignore[operator]
+        unit.reshard()  # type: ignore[operator]
     enter_as_one(model, model)
 
 

@@ -157,3 +157,22 @@ def test_lora_trains_the_adapter_only_and_resumes(
     assert (
         ptm("eval", f"run={again}", "rows=4", cwd=tmp_path, env={"PTM_CACHE": str(cache)}).code == 0
     )
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "deepspeed"])
+def test_lora_runs_and_resumes_on_engines_that_are_libraries(
+    engine: str, base: Path, text: Path, cache: Path, tmp_path: Path
+) -> None:
+    changes = {"adapter.kind": "lora", "adapter.targets": "[q,v,experts]", "train.lr": "1e-2"}
+    changes |= {"train.schedule": "constant", "engine.kind": engine, "sft.answers": 2}
+    paged, whole, again = (tmp_path / name for name in ("paged", "whole", "again"))
+    given = changes | {"engine.kind": "paged", "engine.zero": 3}
+    finish(runs.launch(2, words(paged, base, text, **given), cache))
+    finish(runs.launch(2, words(whole, base, text, **changes), cache))
+    for steps in (4, STEPS):
+        finish(runs.launch(2, words(again, base, text, **changes, train__steps=steps), cache))
+    names = runs.digests(whole, STEPS)
+    assert names == runs.digests(again, STEPS) and all(".lora_" in name for name in names)
+    losses = [[row["loss"] for row in runs.log(folder)] for folder in (paged, whole)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    assert losses[1][-1] < losses[1][0]
