@@ -150,7 +150,7 @@ class Recipe:
             rule = f"would be whole weights in every block with engine.zero={self.engine.zero}"
             remedy = "leave engine.zero out"
             raise RecipeError(line("adapter.base", self.adapter.base, rule, remedy))
-        elif self.adapter.kind is AdapterKind.prompt and self.mode is not ObjectiveKind.sft:
+        elif self.adapter.kind is not AdapterKind.lora and self.mode is not ObjectiveKind.sft:
             rule, remedy = f"is for mode=sft and not mode={self.mode}", "use adapter.kind=lora"
         elif (
             self.adapter.kind is AdapterKind.prompt

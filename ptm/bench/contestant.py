@@ -97,7 +97,7 @@ def version(recipe: Recipe, peer: str | None) -> str:
     return name
 
 
-def make_runner(recipe: Recipe, mesh: Mesh, options: dict[str, bool], *, name: str) -> Runner:
+def make_runner(recipe: Recipe, mesh: Mesh, options: dict[str, Any], *, name: str) -> Runner:
     """The engine of `engine.kind` with new weights."""
     peers = Peers(mesh.background)
     engine: Engine

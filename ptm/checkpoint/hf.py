@@ -39,6 +39,7 @@ from ptm.checkpoint.untrusted import read_bytes, read_json
 from ptm.common.errors import CheckpointError, line
 from ptm.model.config import ModelConfig
 from ptm.model.hf_names import EMBEDDING, HEAD, Layout, imported, layout_of, published
+from ptm.model.lora_config import ALL_WEIGHTS, AdapterConfig
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -73,8 +74,8 @@ class Opened(NamedTuple):
     """Where the weights are: of a run, the step that was taken."""
     quantized: QuantSource | None = None
     "The codes under published names, where the folder is an export."
-    num_soft: int = 0
-    "Soft tokens among the weights (ptm/model/adapter.py)."
+    beside: AdapterConfig = ALL_WEIGHTS
+    "Of tensors among the weights that no other weight can take up: soft tokens or a prefix."
 
 
 def open_hf(folder: Path) -> Opened:

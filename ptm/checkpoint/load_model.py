@@ -22,7 +22,6 @@ from ptm.common.errors import RecipeError, line
 from ptm.model.adapter import add_adapter
 from ptm.model.block import Block
 from ptm.model.config import ModelConfig, RopeMode
-from ptm.model.lora_config import AdapterConfig, AdapterKind
 from ptm.model.transformer import Transformer
 from ptm.quant.modules import QuantExperts, QuantLinear, Weight, packed
 
@@ -59,15 +58,12 @@ def module_of(
         for name in weights.names():
             kind = weights.info(name).dtype
             dtype = kind if dtype is None else torch.promote_types(dtype, kind)
-    soft = AdapterConfig()
-    if opened.num_soft:
-        soft = AdapterConfig(kind=AdapterKind.prompt, prompt_tokens=opened.num_soft)
     made = Transformer(config, device=torch.device("meta"))
-    add_adapter(made, soft)
+    add_adapter(made, opened.beside)
     wanted = {name: tuple(tensor.shape) for name, tensor in made.state_dict().items()}
     check_shapes(weights, wanted, folder)
     model = Transformer(config, dtype=dtype or torch.float32)
-    add_adapter(model, soft)
+    add_adapter(model, opened.beside)
     for name, tensor in model.state_dict().items():
         _fill(tensor.view(-1), stream(weights, all_rows(weights, name)))
     return model.eval()

@@ -1,10 +1,11 @@
 """Checkpoints of adapters, opened as the model that they make of their base.
 
-Such a checkpoint holds A and B, or soft tokens, and in its meta the `adapter` section and the
-`base` (a folder and its digest). Reading a weight adds the change to the base's, in fp32, and
+Such a checkpoint holds A and B, soft tokens or a prefix, and in its meta the `adapter` section and
+the `base` (a folder and its digest). Reading a weight adds the change to the base's, in fp32, and
 rounds to the base's type once; nothing of the model's size is in memory. So whatever opens a model
 opens a tuned one: generate, eval, convert, export, and train.init_from of the next run. Soft tokens
-are one more tensor, which generate and eval know of; the others refuse it (`open_model`).
+and prefixes are tensors more, which generate and eval know of; the others refuse them
+(`open_model`).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from ptm.checkpoint.weights import MODEL_KEY, TOKENIZER, model_from_json, stored
 from ptm.common.errors import CheckpointError, PtmError, line
 from ptm.model.adapter import add_adapter
 from ptm.model.lora import PREFIX, changed, names_of, places
-from ptm.model.lora_config import AdapterConfig, AdapterKind
+from ptm.model.lora_config import ALL_WEIGHTS, AdapterConfig, AdapterKind
 from ptm.model.transformer import Transformer
 
 ADAPTER_KEY, BASE_KEY = "adapter", "base"
@@ -68,12 +69,13 @@ def open_adapter(folder: Path, found: Manifest, base: Opened) -> Opened:
         tokenizer=folder / TOKENIZER,
         folder=folder,
         quantized=None,
-        num_soft=config.prompt_tokens if config.kind is AdapterKind.prompt else 0,
+        beside=config if config.kind is not AdapterKind.lora else ALL_WEIGHTS,
     )
 
 
 class MergedSource:
-    """A base's tensors with low-rank changes; buffers and soft tokens are the checkpoint's own."""
+    """A base's tensors with low-rank changes; buffers and whatever stands beside weights are the
+    checkpoint's own."""
 
     def __init__(
         self, base: Opened, changes: TensorSource, made: Transformer, config: AdapterConfig

@@ -25,6 +25,7 @@ from ptm.checkpoint.peft_source import base_folder, open_peft
 from ptm.checkpoint.verify import verify
 from ptm.checkpoint.weights import open_checkpoint
 from ptm.common.errors import CheckpointError, line
+from ptm.model.lora_config import AdapterKind
 
 END_BYTES = 2**20
 
@@ -38,10 +39,12 @@ class Base(NamedTuple):
 
 def open_model(folder: Path, *, may_have_soft: bool = False) -> Opened:
     """What a model folder holds, its weights unread. Raises CheckpointError; may_have_soft: also
-    where soft tokens are among the weights, for whoever puts their ids into rows."""
+    where soft tokens or a prefix are among the weights, for whoever computes with them."""
     opened = _open(folder)
-    if opened.num_soft and not may_have_soft:
-        rule = f"is {opened.num_soft} soft tokens beside its base, and no weight can take them up"
+    if opened.beside.kind is not AdapterKind.none and not may_have_soft:
+        is_soft = opened.beside.kind is AdapterKind.prompt
+        what = f"{opened.beside.prompt_tokens} soft tokens" if is_soft else "a prefix"
+        rule = f"is {what} beside its base, and no weight can take {'them' if is_soft else 'it'} up"
         remedy = "name its base, or use generate, eval or convert to=peft"
         raise CheckpointError(line("folder", folder, rule, remedy))
     return opened

@@ -62,6 +62,10 @@ def write_peft(folder: Path, opened: Opened, *, layout: Layout, dtype: torch.dty
             "num_attention_heads": model.num_attention_heads,
             "num_transformer_submodules": 1,
         }
+    elif config.kind is AdapterKind.prefix:
+        rule = "is not written, as the published filter reads PEFT's cache as its own"
+        remedy = "use generate, eval or train with the run"
+        raise CheckpointError(line("adapter.kind", config.kind, rule, remedy))
     else:
         changes = peft_changes(adapter, model, layout)
         tensors = {

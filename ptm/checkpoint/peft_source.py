@@ -31,7 +31,7 @@ from ptm.checkpoint.untrusted import read_json
 from ptm.common.errors import CheckpointError, line
 from ptm.model.adapter import SOFT_TOKENS, add_adapter
 from ptm.model.hf_names import Layout, Rows, imported, published
-from ptm.model.lora_config import AdapterConfig, AdapterKind
+from ptm.model.lora_config import ALL_WEIGHTS, AdapterConfig, AdapterKind
 from ptm.model.transformer import Transformer
 
 READ = frozenset(
@@ -76,7 +76,7 @@ def open_peft(folder: Path, open_base: Callable[[Path], Opened]) -> Opened:
     keys = read_json(folder, CONFIG)
     base = open_base(base_folder(folder))
     source = FolderSource(folder, [WEIGHTS])
-    kind, num_soft = keys.get("peft_type"), 0
+    kind, beside = keys.get("peft_type"), ALL_WEIGHTS
     for key, value in keys.items():
         if value and key not in READ | NO_MATTER and (key, value) not in PLAIN:
             raise _refuse(key, value, "is not read here", "merge it with PEFT")
@@ -84,16 +84,16 @@ def open_peft(folder: Path, open_base: Callable[[Path], Opened]) -> Opened:
         count: Any = keys.get("num_virtual_tokens")
         check_shapes(source, {PROMPT: (count, base.model.hidden_size)}, folder)
         num_soft = source.info(PROMPT).shape[0]
-        config = AdapterConfig(kind=AdapterKind.prompt, prompt_tokens=num_soft)
+        beside = AdapterConfig(kind=AdapterKind.prompt, prompt_tokens=num_soft)
         made = Transformer(base.model, device="meta")
-        add_adapter(made, config)
+        add_adapter(made, beside)
         soft = RowsSource(source, {SOFT_TOKENS: all_rows(source, PROMPT)})
-        weights: TensorSource = MergedSource(base, soft, made, config)
+        weights: TensorSource = MergedSource(base, soft, made, beside)
     elif kind == "LORA":
         weights = _lora(source, keys, base, folder)
     else:
         raise _refuse("peft_type", kind, "must be LORA or PROMPT_TUNING", "merge it with PEFT")
-    return base._replace(weights=weights, folder=folder, quantized=None, num_soft=num_soft)
+    return base._replace(weights=weights, folder=folder, quantized=None, beside=beside)
 
 
 def _lora(source: FolderSource, keys: Mapping[str, Any], base: Opened, folder: Path) -> LoraSource:

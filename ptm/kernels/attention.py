@@ -60,8 +60,8 @@ def causal_attention(
     query may see, itself included; it must be causal. None: everything up to itself.
     """
     L, S = q_BHLK.shape[-2], k_BHSK.shape[-2]
-    if q_BHLK.device.type == "cpu" and L == S and dropout == 0.0 and q_BHLK.numel() > 0:
-        if fits(q_BHLK.dtype, q_BHLK.shape[-1]) and native.serves("attention", q_BHLK, v_BHSK):
+    if _is_made_here(q_BHLK, k_BHSK, dropout):
+        if is_compiled(q_BHLK, k_BHSK, v_BHSK, dropout=dropout):
             return torch.ops.ptm.attention(q_BHLK, k_BHSK, v_BHSK, mask_BLS)[0]
         return _BlockedAttention.apply(q_BHLK, k_BHSK, v_BHSK, mask_BLS)  # type: ignore[return-value]
     if mask_BLS is None and 1 < L < S:
@@ -74,6 +74,20 @@ def causal_attention(
         dropout_p=dropout,
         is_causal=mask_BLS is None and L > 1,
     )
+
+
+def is_compiled(q_BHLK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, *, dropout: float) -> bool:
+    """Whether csrc/attention serves these."""
+    return (
+        _is_made_here(q_BHLK, k_BHSK, dropout)
+        and fits(q_BHLK.dtype, q_BHLK.shape[-1])
+        and native.serves("attention", q_BHLK, v_BHSK)
+    )
+
+
+def _is_made_here(q_BHLK: Tensor, k_BHSK: Tensor, dropout: float) -> bool:
+    is_all = q_BHLK.shape[-2] == k_BHSK.shape[-2] and q_BHLK.numel() > 0
+    return q_BHLK.device.type == "cpu" and is_all and dropout == 0.0
 
 
 def fits(dtype: torch.dtype, head_dim: int) -> bool:

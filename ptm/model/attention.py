@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ptm.kernels.attention import causal_attention
 from ptm.kernels.lfa import lfa
 from ptm.kernels.linear import Linear
+from ptm.kernels.prefix import prefix_attention
 from ptm.kernels.rope import rope_qk
 from ptm.model.cache import LayerCache
 from ptm.model.config import LFA_NORM_EPS, ModelConfig
@@ -47,6 +48,9 @@ class LocalizedFilter(nn.Module):
 
 
 class Attention(nn.Module):
+    prefix_keys: nn.Parameter | None
+    prefix_values: nn.Parameter | None
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         hidden, width = config.hidden_size, config.attention_projection_size
@@ -57,6 +61,8 @@ class Attention(nn.Module):
         self.k_proj = Linear(hidden, width, bias=False)
         self.v_proj = Linear(hidden, width, bias=False)
         self.o_proj = Linear(width, hidden, bias=False)
+        self.register_parameter("prefix_keys", None)  # an adapter's (ptm/model/adapter.py)
+        self.register_parameter("prefix_values", None)
 
     def forward(self, n_BLD: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
         return self.o_proj(self.attend(self.filter(n_BLD, context, cache), n_BLD, context, cache))
@@ -80,5 +86,16 @@ class Attention(nn.Module):
             k_BHLK, v_BHLK = cache.append(k_BHLK, v_BHLK)
 
         dropout = self.dropout if self.training else 0.0
-        out_BHLK = causal_attention(q_BHLK, k_BHLK, v_BHLK, context.see_BLS, dropout=dropout)
+        if self.prefix_keys is None or self.prefix_values is None:
+            out_BHLK = causal_attention(q_BHLK, k_BHLK, v_BHLK, context.see_BLS, dropout=dropout)
+        else:
+            out_BHLK = prefix_attention(
+                q_BHLK,
+                k_BHLK,
+                v_BHLK,
+                self.prefix_keys,
+                self.prefix_values,
+                context.see_BLS,
+                dropout=dropout,
+            )
         return out_BHLK.transpose(1, 2).reshape(B, L, H * K)

@@ -10,6 +10,7 @@ class AdapterKind(Choice):
     none = "none"
     lora = "lora"
     prompt = "prompt"
+    prefix = "prefix"
 
 
 class Base(Choice):
@@ -29,7 +30,8 @@ ROLES = ("q", "k", "v", "o", "experts", "lfa")
 class AdapterConfig:
     kind: AdapterKind = AdapterKind.none
     """none trains all weights; lora trains low-rank changes of frozen ones; prompt trains soft
-    tokens before each document, embeddings that are those of no word."""
+    tokens before each document, embeddings that are those of no word; prefix trains keys and values
+    of each layer that every position sees."""
     targets: tuple[str, ...] = ("q", "k", "v", "o")
     """Roles of the matrices that are changed: q, k, v, o, experts, lfa. M32's q_proj and k_proj
     hold queries and keys of half the heads each, so these are roles, not names of modules."""
@@ -38,7 +40,8 @@ class AdapterConfig:
     alpha: float = ranged(16.0, above=0.0)
     "Changes are multiplied with alpha / rank."
     prompt_tokens: int = ranged(20, least=1, most=4096)
-    "Soft tokens before each document, for kind=prompt; they take places of train.seq_len."
+    """Soft tokens before each document, for kind=prompt, where they take places of train.seq_len;
+    keys and values of a layer, for kind=prefix."""
     prompt_text: str | None = None
     """Text whose tokens' embeddings the soft tokens begin as, repeated or cut to their number; null
     draws words of the vocabulary by train.seed."""

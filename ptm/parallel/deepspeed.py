@@ -121,7 +121,7 @@ class DeepspeedEngine:
     def _zero(self) -> Any:
         return self.engine.optimizer
 
-    def restore(self) -> None:
+    def restore(self) -> bool:
         raise AssertionError("nothing to restore")
 
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -144,7 +144,7 @@ class FsdpEngine:
     restored = None
     """No tier of this engine survives a process."""
 
-    def restore(self) -> None:
+    def restore(self) -> bool:
         raise AssertionError("nothing to restore")
 
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -46,8 +46,8 @@ class Engine(Protocol):
         """The step whose states the engine found on its own disk, and the meta of its commit."""
         ...
 
-    def restore(self) -> None:
-        """Make the states those of `restored`."""
+    def restore(self) -> bool:
+        """Make the states those of `restored`. Returns whether frozen weights are there too."""
         ...
 
     def shapes(self) -> dict[str, tuple[int, ...]]:

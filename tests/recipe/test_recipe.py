@@ -212,7 +212,14 @@ def test_names_of_runs(tmp_path: Path) -> None:
             "adapter.kind=prompt: is for mode=sft and not mode=dpo; use adapter.kind=lora",
         ),
         (["adapter.prompt_tokens=512"], "adapter.prompt_tokens=512: leaves no place in rows of"),
-        (["engine.kind=fsdp"], "adapter.kind=prompt: is not there with engine.kind=fsdp"),
+        (
+            ["adapter.base=int4", "engine.kind=fsdp"],
+            "adapter.base=int4: needs pages, and engine.kind=fsdp has none; use engine.kind=paged",
+        ),
+        (
+            ["adapter.kind=prefix", "mode=grpo"],
+            "adapter.kind=prefix: is for mode=sft and not mode=grpo; use adapter.kind=lora",
+        ),
         (["train.init_from=null"], "adapter.kind=prompt: has no weights to change"),
         (
             ["adapter.base=int4", "engine.zero=1"],

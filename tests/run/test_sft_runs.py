@@ -95,11 +95,12 @@ def test_a_missing_base_is_one_line(text: Path, cache: Path, tmp_path: Path) -> 
     assert not (tmp_path / "run").exists()
 
 
-def test_prompt_trains_soft_tokens_only_and_resumes(
-    base: Path, text: Path, cache: Path, tmp_path: Path
+@pytest.mark.parametrize(("kind", "name"), [("prompt", ".soft_tokens"), ("prefix", ".prefix_")])
+def test_prompt_trains_soft_tokens_or_a_prefix_only_and_resumes(
+    kind: str, name: str, base: Path, text: Path, cache: Path, tmp_path: Path
 ) -> None:
     changes = {
-        "adapter.kind": "prompt",
+        "adapter.kind": kind,
         "adapter.prompt_tokens": 5,
         "train.lr": "3e-2",
         "train.schedule": "constant",
@@ -108,7 +109,7 @@ def test_prompt_trains_soft_tokens_only_and_resumes(
     pinned = {path: path.read_bytes() for path in base.rglob("*") if path.is_file()}
     finish(runs.launch(2, words(whole, base, text, **changes), cache))
     names = runs.digests(whole, STEPS)
-    assert names and all(".soft_tokens" in name for name in names)  # no state of a frozen weight
+    assert names and all(name in one for one in names)  # no state of a frozen weight
     log = runs.log(whole)
     assert log[-1]["task_loss"] < json.loads((whole / "before.json").read_text())["task_loss"]
     for steps in (4, STEPS):
