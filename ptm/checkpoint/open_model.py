@@ -45,7 +45,8 @@ def open_model(folder: Path, *, may_have_soft: bool = False) -> Opened:
         is_soft = opened.beside.kind is AdapterKind.prompt
         what = f"{opened.beside.prompt_tokens} soft tokens" if is_soft else "a prefix"
         rule = f"is {what} beside its base, and no weight can take {'them' if is_soft else 'it'} up"
-        remedy = "name its base, or use generate, eval or convert to=peft"
+        uses = "generate, eval or convert to=peft" if is_soft else "generate or eval"
+        remedy = f"name its base, or use {uses}"
         raise CheckpointError(line("folder", folder, rule, remedy))
     return opened
 
