@@ -9,8 +9,8 @@
 //   PTM_ISA_BF16      1 in the avx512_bf16 and the amx build: AVX-512 BF16/VNNI/VBMI exist too
 //   PTM_ISA_AMX       1 only in the amx build: AMX tiles for bf16 and int8 exist too
 //
-// A line `// isa: portable avx2 avx512_bf16` at the head of a file limits it to these; without an object
-// for the machine's own set the next lower one serves. A file that is not named cpu*.cpp is
+// A line `// isa: portable avx2 avx512_bf16` at the head of a file limits it to these; without an
+// object for the machine's own set the next lower one serves. A file that is not named cpu*.cpp is
 // compiled once, portably. A file csrc/<op>/cuda*.cu is compiled by nvcc (device.h).
 #pragma once
 

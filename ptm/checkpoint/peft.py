@@ -64,7 +64,7 @@ def write_peft(folder: Path, opened: Opened, *, layout: Layout, dtype: torch.dty
         }
     elif config.kind is AdapterKind.prefix:
         rule = "is not written, as the published filter reads PEFT's cache as its own"
-        remedy = "use generate, eval or train with the run"
+        remedy = "use generate or eval with the run"
         raise CheckpointError(line("adapter.kind", config.kind, rule, remedy))
     else:
         changes = peft_changes(adapter, model, layout)

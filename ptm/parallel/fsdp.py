@@ -259,9 +259,9 @@ def shard(
         reduce_dtype=torch.float32 if zero == 1 else None,
         cast_forward_inputs=False,
     )
-    for param in model.parameters():
-        if param.requires_grad:
-            param.data = param.data.float()
+    trained = [param for param in model.parameters() if param.requires_grad]
+    for tensor in [*trained, *(b for b in model.buffers() if b.is_floating_point())]:
+        tensor.data = tensor.data.float()
     for unit in [*units, model]:
         fully_shard(
             unit,
