@@ -190,7 +190,7 @@ def first_weights(
 ) -> TrainState:
     """Fill the engine from the newest committed step or good checkpoint, another model, or the
     seed, in that order. Raises CheckpointError, on all ranks alike."""
-    restored, has_frozen = engine.restored, False
+    restored = engine.restored
     on_main(peers, lambda: run_folder.refuse_to_forget(recipe, run_id))
     good = None
     newest = on_main(peers, lambda: max((s for s, _ in step_folders(checkpoints)), default=-1))
@@ -204,7 +204,7 @@ def first_weights(
     for folder, reason in good.rejected if good is not None else ():
         say(f"not used: {folder}: {reason}")
     if restored is not None and (good is None or good.manifest.step < restored[0]):
-        has_frozen = all(peers.together(engine.restore))
+        peers.together(engine.restore)
         state = TrainState.from_json(restored[1]["train"])
         say(f"resuming after step {state.step} from the pages in {recipe.engine.ssd_path}")
     elif good is not None:
@@ -218,7 +218,7 @@ def first_weights(
         initial = _initial_weights(recipe, start, encode)
         for name, shape in engine.shapes().items():
             engine.fill(name, initial(name, torch.Size(shape)))
-    if state.step and recipe.adapter.kind is not AdapterKind.none and not has_frozen:
+    if state.step and recipe.adapter.kind is not AdapterKind.none and not engine.has_frozen:
         initial = _initial_weights(recipe, start, encode)  # frozen weights are in no checkpoint
         shapes = engine.shapes()
         for name, parameter in engine.model.named_parameters():

@@ -87,7 +87,7 @@ class Budget:
                 "ssd",
                 "page file",
                 self.ssd_bytes,
-                "two versions of each page" * bool(self.ssd_bytes),
+                "two versions of each page that changes" * bool(self.ssd_bytes),
             ),
         ]
         return "\n".join(
@@ -130,8 +130,8 @@ def owned_numel(unit: Unit) -> int:
 
 
 def ssd_bytes(pages: PageMap) -> int:
-    """The page file: two places for what a commit keeps, one for gradients."""
-    return (2 * len(pages.durable) + pages.grads.num_pages) * pages.page_bytes
+    """The page file: two places for what a commit keeps and steps change, one for the rest."""
+    return (pages.num_pages + len(pages.durable) - len(pages.frozen)) * pages.page_bytes
 
 
 def make_budget(

@@ -41,10 +41,11 @@ if TYPE_CHECKING:
 
 class Slots:
     """For each page the slot of its newest content in the file and its checksum, and for durable
-    pages the slots that records name, which must not be written."""
+    pages the slots that records name, which must not be written. Frozen pages have one, and are
+    not written once a commit has it."""
 
-    def __init__(self, num_pages: int, durable: range) -> None:
-        self.durable = durable
+    def __init__(self, num_pages: int, durable: range, frozen: range = range(0)) -> None:
+        self.durable, self.frozen = durable, frozen
         self.now = bytearray([NO_SLOT]) * num_pages
         self.sums = array("Q", bytes(8 * num_pages))
         self.agreed = bytearray([NO_SLOT]) * len(durable)
@@ -60,6 +61,7 @@ class Slots:
             return 0
         at = page - self.durable.start
         kept = self.agreed[at]
+        assert page not in self.frozen or kept == NO_SLOT, f"page {page} is frozen, and committed"
         if self.pending is None or self.pending[at] in (kept, NO_SLOT):
             return 1 if kept == 0 else 0
         if kept == NO_SLOT:

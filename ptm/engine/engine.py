@@ -161,9 +161,13 @@ class PagedEngine:
         elsewhere = self.tiers.elsewhere
         return self.tiers.restored if elsewhere is None else (elsewhere.step, elsewhere.meta)
 
-    def restore(self) -> bool:
-        """Make the states those of `restored`; pages are so already, unless others wrote them.
-        Returns whether frozen weights are there too."""
+    @property
+    def has_frozen(self) -> bool:
+        """Whether frozen weights are in pages that were committed, which must not be filled."""
+        return self.tiers.restored is not None
+
+    def restore(self) -> None:
+        """Make the states those of `restored`; pages are so already, unless others wrote them."""
         if self.restored is not None:
             buffers.from_json(self.buffers, self.restored[1].get("buffers", {}))
         if self.tiers.elsewhere is not None:
@@ -179,7 +183,6 @@ class PagedEngine:
                 fingerprint=fingerprint,
                 describer=describer,
             )
-        return self.tiers.elsewhere is None
 
     def backward(self, loss: Tensor, *, is_last: bool, tokens: Tensor, lr: float) -> None:
         """Add the gradients of `loss` (a SUM over tokens) to this step's; is_last: of it."""

@@ -301,7 +301,8 @@ class Format:
 
 
 class PageMap:
-    """Pages of a flat space of `numel` elements: weights, then states, then gradients."""
+    """Pages of a flat space of `numel` elements: weights, then states, then gradients. A commit keeps
+    the `durable` ones, of which the `frozen` ones never change once they are filled."""
 
     def __init__(
         self, numel: int, page_bytes: int, fmt: Format, trained: int | None = None
@@ -315,6 +316,8 @@ class PageMap:
         durable = self.weights.num_pages + self.states.num_pages
         self.grads = self._kind("grads", durable, page_bytes // 4)
         self.durable = range(durable)
+        mixed = -(-self.trained // self.weights.per_page)
+        self.frozen = range(mixed, self.weights.stop) if mixed < self.weights.stop else range(0)
         self.num_pages = durable + self.grads.num_pages
 
     def _kind(self, name: str, first: int, per_page: int) -> Kind:

@@ -228,6 +228,8 @@ class TierOpener:
             durable_start=0,
             durable_stop=len(pages.durable),
             layout=fingerprint(pages, layout),
+            frozen_start=pages.frozen.start,
+            frozen_stop=pages.frozen.stop,
         )
 
 

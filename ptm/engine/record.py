@@ -47,10 +47,15 @@ class Identity:
     durable_stop: int
     layout: str
     "Fingerprint of which tensor lies in which page, made by whoever cuts the pages."
+    frozen_start: int = 0
+    frozen_stop: int = 0
+    "Durable pages that are written once, before the first commit, and so have one slot."
 
     def __post_init__(self) -> None:
         assert self.page_bytes > 0 and self.page_bytes % 4096 == 0, f"{self.page_bytes=}"
         assert 0 <= self.durable_start <= self.durable_stop <= self.num_pages, f"{self}"
+        assert not self.frozen or self.frozen[0] in self.durable, f"{self}"
+        assert not self.frozen or self.frozen[-1] in self.durable, f"{self}"
         assert 0 <= self.rank < self.world and self.world % self.ep == 0, f"{self}"
         assert self.run_id and not set(self.run_id) & {"/", "\0"}, f"{self.run_id=}"
 
@@ -59,17 +64,23 @@ class Identity:
         return range(self.durable_start, self.durable_stop)
 
     @property
+    def frozen(self) -> range:
+        return range(self.frozen_start, self.frozen_stop)
+
+    @property
     def file_bytes(self) -> int:
-        """Two slots for a durable page, one for any other."""
-        return (self.num_pages + len(self.durable)) * self.page_bytes
+        """Two slots for a durable page that may change, one for any other."""
+        return (self.num_pages + len(self.durable) - len(self.frozen)) * self.page_bytes
 
     def offset(self, page: int, slot: int) -> int:
-        """Where a slot begins: both slots of the durable pages in order, then the others."""
+        """Where a slot begins: all slots of the durable pages in order, then the others."""
         first, num_durable = self.durable_start, len(self.durable)
         if page in self.durable:
-            return (2 * (page - first) + slot) * self.page_bytes
+            ones = min(max(page - self.frozen_start, 0), len(self.frozen))
+            assert slot == 0 or page not in self.frozen, f"page {page} has one slot"
+            return (2 * (page - first) - ones + slot) * self.page_bytes
         scratch = page if page < first else page - num_durable
-        return (2 * num_durable + scratch) * self.page_bytes
+        return (2 * num_durable - len(self.frozen) + scratch) * self.page_bytes
 
     def file(self, ssd_path: str | Path, kind: str) -> Path:
         """The pages, record-a, record-b or lock file of this rank."""

@@ -68,7 +68,9 @@ class PageStore:
         self.num_pages, self.page_bytes, self.durable = num_pages, page_bytes, durable
         self._ssd, self._policy = ssd, policy
         self._frames = Frames(num_frames, page_bytes, pin=pin)
-        self._slots = Slots(num_pages, durable)
+        self._slots = Slots(
+            num_pages, durable, ssd.identity.frozen if ssd is not None else range(0)
+        )
         self._pager = Pager(
             frames=self._frames, slots=self._slots, ssd=ssd, policy=policy, num_pages=num_pages
         )

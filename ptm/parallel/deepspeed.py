@@ -74,7 +74,7 @@ class DeepspeedEngine:
     Life: build -> (fill | write every row of state()) -> publish -> [backward ... step]*.
     """
 
-    restored = None
+    restored, has_frozen = None, False
     """Nothing is found on a disk: DeepSpeed's offloaded states die with the process."""
 
     def __init__(
@@ -121,7 +121,7 @@ class DeepspeedEngine:
     def _zero(self) -> Any:
         return self.engine.optimizer
 
-    def restore(self) -> bool:
+    def restore(self) -> None:
         raise AssertionError("nothing to restore")
 
     def shapes(self) -> dict[str, tuple[int, ...]]:

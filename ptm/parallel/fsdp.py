@@ -141,10 +141,10 @@ class FsdpEngine:
             for _ in range(2)
         )
 
-    restored = None
+    restored, has_frozen = None, False
     """No tier of this engine survives a process."""
 
-    def restore(self) -> bool:
+    def restore(self) -> None:
         raise AssertionError("nothing to restore")
 
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -91,7 +91,7 @@ def memory(job: Job, hardware: Hardware) -> Memory:
         needs = [*on_gpu, *fixed, *on_host, *copy]
     if job.has_ssd:
         size = states.ssd_bytes(job)
-        file = Need("page file", size, "two versions of each page", "ssd")
+        file = Need("page file", size, "two versions of each page that changes", "ssd")
         there = job.ssd_bytes if job.ssd_bytes is not None else hardware.ssd_bytes
         why = "engine.ssd_bytes" if job.ssd_bytes is not None else hardware.ssd_why
         tiers.append(Tier.of("ssd", (file,), there, why))

@@ -46,8 +46,13 @@ class Engine(Protocol):
         """The step whose states the engine found on its own disk, and the meta of its commit."""
         ...
 
-    def restore(self) -> bool:
-        """Make the states those of `restored`. Returns whether frozen weights are there too."""
+    @property
+    def has_frozen(self) -> bool:
+        """Whether it found frozen weights there too; they are then not filled again."""
+        ...
+
+    def restore(self) -> None:
+        """Make the states those of `restored`."""
         ...
 
     def shapes(self) -> dict[str, tuple[int, ...]]:

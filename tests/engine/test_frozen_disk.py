@@ -64,6 +64,12 @@ def learn(
             newest = RecordLog(folder.parent, run_id=folder.name, rank=rank).read()[-1]
             first = -(-engine.pages.trained // weights.per_page)
             slots = set(newest.slots[weights.first + first : weights.stop])
+            num_frozen = weights.num_pages - first
+            twice, size = len(engine.pages.durable), newest.identity.file("", "pages")
+            pages = engine.pages.num_pages + twice - num_frozen
+            assert (folder.parent / size).stat().st_size == pages * engine.pages.page_bytes
+            assert engine.tiers.budget is not None and num_frozen > 2
+            assert engine.tiers.budget.ssd_bytes == pages * engine.pages.page_bytes
     return losses, bits, num_read, slots
 
 

@@ -94,9 +94,13 @@ def test_the_file_is_allocated_whole(tmp_path: Path) -> None:
     ssd.close()
 
 
-def test_slots_share_no_byte() -> None:
-    it = identity(num_pages=9, durable=range(3, 7))
-    slots = [(page, slot) for page in range(9) for slot in range(2 if page in it.durable else 1)]
+@pytest.mark.parametrize("frozen", [range(0), range(5, 7), range(4, 6), range(3, 7)])
+def test_slots_share_no_byte(frozen: range) -> None:
+    it = identity(
+        num_pages=9, durable=range(3, 7), frozen_start=frozen.start, frozen_stop=frozen.stop
+    )
+    two = set(it.durable) - set(frozen)
+    slots = [(page, slot) for page in range(9) for slot in range(2 if page in two else 1)]
     offsets = sorted(it.offset(page, slot) for page, slot in slots)
     assert offsets == list(range(0, it.file_bytes, PAGE))
 

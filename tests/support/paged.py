@@ -142,9 +142,9 @@ def make_engine(
     named = dict(transformer.named_parameters())
     missing = list(named)
     if engine.restored is not None:
-        has_frozen = engine.restore()
+        engine.restore()
         engine.updates = engine.restored[1]["updates"]
-        missing = [n for n, p in named.items() if not (has_frozen or p.requires_grad)]
+        missing = [n for n, p in named.items() if not (engine.has_frozen or p.requires_grad)]
     for name, shape in engine.shapes().items():
         if name in missing:
             given = initial(name, torch.Size(shape))
