@@ -41,6 +41,7 @@ class Contestant(NamedTuple):
 CONTESTANTS = (
     Contestant("nearest", "ptm", {"method": "nearest"}),
     Contestant(OURS, "ptm", {}),
+    Contestant("ptm, alpha=0.25", "ptm", {"alpha": 0.25}),
     Contestant("ptm, alpha=0.5", "ptm", {"alpha": 0.5}),
     Contestant("llm-compressor", "llmcompressor", {}),
     Contestant("llm-compressor, mse", "llmcompressor", {"observer": "mse"}),

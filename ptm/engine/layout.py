@@ -301,8 +301,8 @@ class Format:
 
 
 class PageMap:
-    """Pages of a flat space of `numel` elements: weights, then states, then gradients. A commit keeps
-    the `durable` ones, of which the `frozen` ones never change once they are filled."""
+    """Pages of a flat space of `numel` elements: weights, then states, then gradients. A commit
+    keeps the `durable` ones, of which the `frozen` ones never change once they are filled."""
 
     def __init__(
         self, numel: int, page_bytes: int, fmt: Format, trained: int | None = None
