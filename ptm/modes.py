@@ -17,6 +17,7 @@ import torch
 from ptm.checkpoint.load_model import module_of
 from ptm.common.errors import RecipeError, line
 from ptm.data.chat import ChatTemplate
+from ptm.data.conversations import BadSeen
 from ptm.data.corpus import Corpus, Split
 from ptm.data.preferences import Maker, open_pairs, open_prompts
 from ptm.data.rewards import Rewarder
@@ -24,7 +25,7 @@ from ptm.data.sft import chat_template
 from ptm.mesh.mesh import Mesh
 from ptm.mesh.peers import Peers
 from ptm.model.transformer import Transformer
-from ptm.parts import DTYPES, Batches, Start, evaluate, say
+from ptm.parts import DTYPES, Batches, Start, evaluate, say, say_if
 from ptm.policies import Pairs, Rollouts
 from ptm.recipe import Recipe
 from ptm.trainer.config import ObjectiveKind
@@ -202,7 +203,7 @@ def preferences(setup: Setup) -> Mode:
     """DPO; the reference is the initial weights' word on each pair."""
     recipe, mesh, tokenizer = setup.recipe, setup.mesh, setup.corpus.tokenizer
     base = _base(setup, ObjectiveKind.dpo)
-    config = recipe.dpo
+    config, bad = recipe.dpo, BadSeen()
     with chat_template(recipe.sft, tokenizer, tokenizer_folder(base)) as template:
         maker = _maker(setup, template, recipe.train.seq_len + 1)
         sides = open_pairs(
@@ -212,7 +213,9 @@ def preferences(setup: Setup) -> Mode:
             recipe.data,
             maker,
             seed=recipe.train.seed,
+            on_bad=bad,
         )
+    say_if(bad.told)
     pairs = Pairs(recipe, mesh, setup.model, sides, filler_id=tokenizer.eod_id)
     setup.stack.callback(pairs.loader.close)
     pairs.refer(is_new=setup.step == 0)
@@ -245,7 +248,7 @@ def rewards(setup: Setup) -> Mode:
     """GRPO; rollouts through the weights that are trained."""
     recipe, mesh, tokenizer = setup.recipe, setup.mesh, setup.corpus.tokenizer
     base = _base(setup, ObjectiveKind.grpo)
-    config = recipe.grpo
+    config, bad = recipe.grpo, BadSeen()
     room = recipe.train.seq_len + 1 - config.max_new_tokens
     with chat_template(recipe.sft, tokenizer, tokenizer_folder(base)) as template:
         maker = _maker(setup, template, room)
@@ -256,8 +259,13 @@ def rewards(setup: Setup) -> Mode:
             recipe.data,
             maker,
             seed=recipe.train.seed,
+            reward=config.reward,
+            on_bad=bad,
         )
-    rewarder = setup.stack.enter_context(Rewarder(config.reward, timeout_s=config.reward_timeout_s))
+    say_if(bad.told)
+    log = recipe.run_dir / "reward.log"
+    rewarder = Rewarder(config.reward, timeout_s=config.reward_timeout_s, log=log)
+    setup.stack.enter_context(rewarder)
     reference = None
     if config.kl_coef > 0:
         weights = setup.start.open()._replace(model=recipe.model)

@@ -31,15 +31,11 @@ from ptm.trainer.policy import advantages, dpo
 from ptm.trainer.policy_config import GrpoConfig
 
 
-def check_rows(recipe: Recipe, mesh: Mesh, *, unit: int, what: str) -> int:
+def check_rows(recipe: Recipe, mesh: Mesh, *, unit: int) -> int:
     """Units of `unit` rows in a step. Raises: RecipeError unless every rank gets as many whole
-    micro-batches of whole units."""
+    micro-batches."""
     train = recipe.train
     rows, micro = train.batch_tokens // train.seq_len, train.micro_batch_size
-    if micro % unit:
-        rule = f"must be a multiple of {unit}, {what}"
-        remedy = f"set train.micro_batch_size={max(micro // unit, 1) * unit}"
-        raise RecipeError(line("train.micro_batch_size", micro, rule, remedy))
     if rows % (micro * mesh.world):
         rule = (
             f"is {rows} rows of train.seq_len={train.seq_len}, which do not give each of "
@@ -49,11 +45,6 @@ def check_rows(recipe: Recipe, mesh: Mesh, *, unit: int, what: str) -> int:
         raise RecipeError(
             line("train.batch_tokens", train.batch_tokens, rule, f"set train.batch_tokens={whole}")
         )
-    if recipe.model.router_aux_loss_coef > 0:
-        rule = f"has no part in mode={recipe.mode}, whose loss is over answers"
-        remedy = "set model.router_aux_loss_coef=0, or use model.router_bias_update_rate"
-        coef = recipe.model.router_aux_loss_coef
-        raise RecipeError(line("model.router_aux_loss_coef", coef, rule, remedy))
     return rows // unit
 
 
@@ -64,7 +55,7 @@ class Pairs:
         self, recipe: Recipe, mesh: Mesh, model: Transformer, sides: Any, *, filler_id: int
     ) -> None:
         self.recipe, self.mesh, self.model, self.filler_id = recipe, mesh, model, filler_id
-        self.per_step = check_rows(recipe, mesh, unit=2, what="as a pair is two rows")
+        self.per_step = check_rows(recipe, mesh, unit=2)
         self.train: list[Pair] = sides.train
         self.held_out: list[Pair] = sides.held_out[: recipe.dpo.eval_pairs]
         self.pairs = [*self.train, *self.held_out]
@@ -240,7 +231,7 @@ class Rollouts:
         self.config: GrpoConfig = recipe.grpo
         self.rewarder, self.reference = rewarder, reference
         size = self.config.group_size
-        groups = check_rows(recipe, mesh, unit=size, what="grpo.group_size")
+        groups = check_rows(recipe, mesh, unit=size)
         self.train: list[Prompt] = sides.train
         self.held_out: list[Prompt] = sides.held_out[: self.config.eval_prompts]
         self.micro = recipe.train.micro_batch_size

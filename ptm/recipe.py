@@ -39,7 +39,7 @@ from ptm.model.lora_config import AdapterConfig, AdapterKind
 from ptm.optim.config import OptimConfig
 from ptm.quant.config import QatConfig, QatGrid
 from ptm.recipe_files import RecipeFile, read_chain
-from ptm.trainer.config import ObjectiveKind, TrainConfig
+from ptm.trainer.config import BY_TOKEN, ObjectiveKind, TrainConfig
 from ptm.trainer.metrics import LogConfig
 from ptm.trainer.policy_config import DpoConfig, GrpoConfig
 
@@ -124,6 +124,8 @@ class Recipe:
             raise RecipeError(line("model.router_bias_update_rate", rate, rule, remedy))
         if self.adapter.kind is not AdapterKind.none:
             self._check_adapter()
+        if self.mode in BY_TOKEN:
+            self._check_answers()
         if self.checkpoint.interval == 0 and self.engine.ssd_path is None:
             rule = "must be 1 or more without an engine.ssd_path, or a kill loses the run"
             raise RecipeError(line("checkpoint.interval", 0, rule, "give 100"))
@@ -135,6 +137,24 @@ class Recipe:
             rule = f"must be at most train.steps={t.steps}"
             remedy = f"set train.warmup_steps={t.steps // 10}"
             raise RecipeError(line("train.warmup_steps", t.warmup_steps, rule, remedy))
+
+    def _check_answers(self) -> None:
+        t, is_dpo = self.train, self.mode is ObjectiveKind.dpo
+        pair, group = (2, "as a pair is two rows"), (self.grpo.group_size, "grpo.group_size")
+        unit, why = pair if is_dpo else group
+        if t.micro_batch_size % unit:
+            rule = f"must be a multiple of {unit}, {why}"
+            remedy = f"set train.micro_batch_size={max(t.micro_batch_size // unit, 1) * unit}"
+            raise RecipeError(line("train.micro_batch_size", t.micro_batch_size, rule, remedy))
+        if not is_dpo and self.grpo.max_new_tokens >= t.seq_len:
+            rule = f"leaves no place for a prompt in rows of train.seq_len={t.seq_len}"
+            key = "grpo.max_new_tokens"
+            raise RecipeError(line(key, self.grpo.max_new_tokens, rule, "lower it, or raise that"))
+        if self.model.router_aux_loss_coef > 0:
+            rule = f"has no part in mode={self.mode}, whose loss is over answers"
+            remedy = "set model.router_aux_loss_coef=0, or use model.router_bias_update_rate"
+            coef = self.model.router_aux_loss_coef
+            raise RecipeError(line("model.router_aux_loss_coef", coef, rule, remedy))
 
     def _check_adapter(self) -> None:
         if self.qat.made() is not None:

@@ -18,6 +18,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import sys
 import uuid
 from collections.abc import Callable
@@ -64,6 +65,7 @@ def claim(recipe: Recipe, stack: ExitStack) -> None:
         raise CheckpointError(line("run.dir", folder, "has no checkpoint and resume=must", remedy))
     if (has_steps or has_pages) and (folder / "recipe.yaml").is_file():
         _refuse_another_run(recipe, folder)
+    is_new = not folder.exists()
     try:
         checkpoints.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -71,6 +73,8 @@ def claim(recipe: Recipe, stack: ExitStack) -> None:
         remedy = "name a folder that you may write to"
         raise StorageError(line("run.dir", folder, rule, remedy)) from error
     _hold(folder, stack)
+    if is_new:
+        stack.callback(_remove_if_unused, recipe)
 
 
 def _has_pages(recipe: Recipe) -> bool:
@@ -94,20 +98,14 @@ def _hold(folder: Path, stack: ExitStack) -> None:
     lock.truncate(0)
     lock.write(f"process {os.getpid()} on {platform.node()}")
     lock.flush()
-    stack.callback(_remove_if_unused, folder)
 
 
-def _remove_if_unused(folder: Path) -> None:
-    # A start that failed before its first line leaves nothing behind.
-    if (folder / "metrics.jsonl").exists() or (folder / "incidents").exists():
-        return
-    with contextlib.suppress(OSError):
-        (folder / "checkpoints").rmdir()
-        (folder / "run_id").unlink(missing_ok=True)
-        (folder / "settled.json").unlink(missing_ok=True)
-        (folder / "ssd_path").unlink(missing_ok=True)
-        (folder / ".lock").unlink()
-        folder.rmdir()
+def _remove_if_unused(recipe: Recipe) -> None:
+    # A start that made the folder and failed before its first step leaves nothing behind.
+    folder = recipe.run_dir
+    is_used = last_logged_step(folder) or step_folders(folder / "checkpoints")
+    if not (is_used or (folder / "incidents").exists() or _has_pages(recipe)):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _refuse_another_run(recipe: Recipe, folder: Path) -> None:

@@ -16,12 +16,13 @@ from ptm.checkpoint.expert_rows import export_words
 from ptm.common.errors import CheckpointError, DataError, line
 from ptm.data.chat import ChatTemplate
 from ptm.data.config import DataConfig
+from ptm.data.conversations import BadSeen
 from ptm.data.loader import Loader
 from ptm.data.pack import Batch
 from ptm.data.sft import Encoded, PackedRows, chat_template, open_conversations
 from ptm.eval.answers import exact_answers
 from ptm.mesh.mesh import Mesh
-from ptm.parts import say
+from ptm.parts import say, say_if
 from ptm.quant.grid import GridKind
 from ptm.recipe import Recipe
 from ptm.trainer.config import ObjectiveKind
@@ -129,7 +130,7 @@ class Sft:
     def __init__(self, recipe: Recipe, mesh: Mesh, tokenizer: Any, model: Any) -> None:
         sft, train = recipe.sft, recipe.train
         self.recipe, self.mesh, self.tokenizer, self.model = recipe, mesh, tokenizer, model
-        soft = model.soft_ids
+        soft, bad = model.soft_ids, BadSeen()
         most_tokens = train.seq_len + 1 - len(soft)
         with chat_template(sft, tokenizer, tokenizer_folder(train.init_from)) as template:
             found = open_conversations(
@@ -139,6 +140,7 @@ class Sft:
                 template,
                 most_tokens=most_tokens,
                 is_shown=mesh.is_main,
+                on_bad=bad,
             )
             asked = questions(
                 found.held_out, template, tokenizer, count=sft.answers, longest=sft.answer_tokens
@@ -151,6 +153,7 @@ class Sft:
         held_out = packed(found.held_out, seed=HELD_OUT_SEED)
         num_rows = min(recipe.eval.rows, held_out.num_rows)
         self.held_out = Rows(held_out, mesh, num_rows=num_rows, micro=train.micro_batch_size)
+        say_if(bad.told)
         cut = f", {found.num_cut:,} cut to {most_tokens} tokens" if found.num_cut else ""
         say(
             f"{len(found.train):,} conversations in {self.train.num_rows:,} rows{cut}; "

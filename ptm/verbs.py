@@ -23,6 +23,7 @@ from ptm.common.device import best_device
 from ptm.common.errors import CheckpointError, DataError, RecipeError, StorageError, line
 from ptm.common.units import format_bytes
 from ptm.common.values import show
+from ptm.data.chat import reason_of
 from ptm.data.config import DataConfig
 from ptm.data.corpus import Corpus, open_corpus
 from ptm.data.sft import chat_template
@@ -201,8 +202,8 @@ def _asked(job: GenerateJob, tokenizer: Tokenizer, beside: Path) -> tuple[int, .
         message = {"role": "user", "content": job.question}
         try:
             return tuple(template.encode_prompt([message], tokenizer))
-        except DataError as error:  # `conversation=(given): rule; remedy`
-            rule, _, remedy = str(error).partition(": ")[2].rpartition("; ")
+        except DataError as error:
+            rule, _, remedy = reason_of(error).rpartition("; ")
             raise RecipeError(line("question", job.question, rule, remedy)) from None
 
 

@@ -72,7 +72,10 @@ def open_rows(
         of, opened = (recipe.dpo, open_pairs) if is_dpo else (recipe.grpo, open_prompts)
         room = longest if is_dpo else longest - recipe.grpo.max_new_tokens
         maker = Maker(tokenizer, template, room)
-        return opened(of.source, of.tasks, of.task_rows, config, maker, seed=seed, on_bad=on_bad)
+        more = {} if is_dpo else {"reward": recipe.grpo.reward}
+        return opened(
+            of.source, of.tasks, of.task_rows, config, maker, seed=seed, on_bad=on_bad, **more
+        )
 
 
 def num_soft(recipe: Recipe) -> int:

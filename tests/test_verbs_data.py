@@ -61,7 +61,7 @@ BAD = {
     },
     "grpo": {
         3: ([1], "not a JSON object but a list"),
-        9: ({"prompt": "word " * 90}, "tokens, and a row has room for 49"),
+        9: ({"prompt": "word " * 90, "answer": "a"}, "tokens, and a row has room for 49"),
     },
 }
 
@@ -74,7 +74,7 @@ def test_check_lists_the_bad_rows_of_the_mode(
     for number, (row, _) in BAD[mode].items():
         rows[number - 1] = row
     path = write(tmp_path / "rows.jsonl", rows)
-    given = words(mode, path, base, **{"grpo.max_new_tokens": 16})
+    given = words(mode, path, base, **{"grpo.max_new_tokens": 16, "grpo.group_size": 2})
     assert run(["data", "check", *given, "data.max_bad_fraction=0.1"]) == 0
     *listed, counted = capsys.readouterr().out.splitlines()
     assert counted == f"{path}: 78 rows, 2 bad rows"
@@ -117,7 +117,9 @@ def test_show_prints_a_row_as_it_is_learned(base: Path, tmp_path: Path) -> None:
     head, parts = shown(load_recipe(words("dpo", path, base)), 5)
     assert parts == ["yes<eod>", "no<eod>"] and "2 documents" in head
     path = write(tmp_path / "prompts.jsonl", ROWS["grpo"])
-    recipe = load_recipe(words("grpo", path, base, **{"grpo.max_new_tokens": 16}))
+    recipe = load_recipe(
+        words("grpo", path, base, **{"grpo.max_new_tokens": 16, "grpo.group_size": 2})
+    )
     head, parts = shown(recipe, 5)
     assert parts == [""] and "0 labels with loss" in head
 

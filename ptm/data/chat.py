@@ -73,6 +73,11 @@ class TemplateError(DataError):
         self.rule = rule
 
 
+def reason_of(error: DataError) -> str:
+    """Why a conversation cannot be encoded, for a line that names the conversation itself."""
+    return str(error).partition("=(given): ")[2] or str(error)
+
+
 class Segment(NamedTuple):
     """A piece of the rendered text, and whether the model is to learn it."""
 

@@ -3,8 +3,9 @@
 For work that should use another core (tokenizing, ptm/data/shard.py) or must not be able to hurt
 this process (chat templates, ptm/data/chat.py). A fresh interpreter, so no lock or thread of this
 process is copied into it. The child ends when its pipe closes, that is also when its parent is
-killed; Ctrl-C is the parent's to handle. A time limit is an alarm inside the child: it fires in the
-middle of a C loop as well, and when nobody is left to watch.
+killed; Ctrl-C is the parent's to handle. It leads a session of its own, and what it has started
+ends with it. A time limit is an alarm inside the child: it fires in the middle of a C loop as well,
+and when nobody is left to watch.
 """
 
 from __future__ import annotations
@@ -31,17 +32,24 @@ TIMED_OUT, CRASHED = "took too long", "crashed its process"
 class Child:
     """One process, ready for many calls, one at a time; `close` it or use it in a `with`.
 
-    `memory_bytes` bounds its address space.
+    `memory_bytes` bounds its address space; `log` takes what it prints, in place of the terminal.
     """
 
-    def __init__(self, module: str, *, memory_bytes: int = 0) -> None:
+    def __init__(self, module: str, *, memory_bytes: int = 0, log: Path | None = None) -> None:
         # Found where this file is, and not in the current folder, which may hold a json.py.
         code = (
             f"import sys; sys.path = [{ROOT!r}, *filter(None, sys.path)]; import ptm.data; "
             f"del sys.path[0]; from ptm.data.child import serve; serve({module!r}, {memory_bytes})"
         )
         command = [sys.executable, "-c", code]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        with contextlib.ExitStack() as stack:
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=None if log is None else stack.enter_context(log.open("ab")),
+                start_new_session=True,
+            )
 
     def call(
         self,
@@ -68,7 +76,7 @@ class Child:
                 raise ERRORS.get(reply["error"], PtmError)(reply["message"])
             else:
                 return reply["result"]
-        code = self.process.wait()
+        code = self._end()
         if code == -signal.SIGKILL:
             rule = "a worker process was killed, most likely for want of memory"
             raise OutOfPages(line("data", what, rule, "set data.workers=1 or free memory"))
@@ -76,9 +84,18 @@ class Child:
             raise DataError(line("data", what, f"{TIMED_OUT} ({time_s:g} s)", "simplify it"))
         raise DataError(line("data", what, f"{CRASHED} (exit {code})", "leave it out"))
 
+    def _end(self) -> int:
+        """Wait for the process, and end what it has started; its exit code."""
+        if self.process.returncode is None:
+            # Not reaped before its session has ended: until then nobody else has its number.
+            os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+        return self.process.wait()
+
     def close(self) -> None:
         self.process.kill()
-        self.process.wait()
+        self._end()
         for pipe in (self.process.stdin, self.process.stdout):
             if pipe is not None:
                 with contextlib.suppress(BrokenPipeError):
@@ -95,17 +112,21 @@ def serve(module: str, memory_bytes: int) -> None:
     """The child's side: answer requests until the pipe closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    replies = os.fdopen(os.dup(1), "wb")
+    replies, requests = os.fdopen(os.dup(1), "wb"), os.fdopen(os.dup(0), "rb")
     os.dup2(2, 1)  # what a library prints must not get among the replies
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    me = os.getpid()
 
     def send(reply: dict[str, Any]) -> None:
+        if os.getpid() != me:  # a copy that somebody's function made, and came back in
+            os._exit(0)
         replies.write(_line(reply))
         replies.flush()
 
     handle = importlib.import_module(module).handle
     if memory_bytes:
         resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
-    for text in sys.stdin.buffer:
+    for text in requests:
         message = json.loads(text)
         signal.setitimer(signal.ITIMER_REAL, message["time_s"])
         try:
@@ -121,6 +142,8 @@ def serve(module: str, memory_bytes: int) -> None:
             result = {"error": "StorageError", "message": storage}
         signal.setitimer(signal.ITIMER_REAL, 0)
         send(result)
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(me, signal.SIGKILL)  # the parent is gone: so is what was started here
 
 
 def _line(message: dict[str, Any]) -> bytes:

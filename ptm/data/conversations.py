@@ -34,6 +34,25 @@ def ignore(where: str, reason: str, num_rows: int) -> None:
     """Bad rows are counted by who reads, and need no more."""
 
 
+class BadSeen:
+    """Counts the bad rows of a run's own sources and remembers the first."""
+
+    def __init__(self) -> None:
+        self.count, self.first = 0, ""
+
+    def __call__(self, where: str, reason: str, num_rows: int) -> None:
+        self.first = self.first or f"{where}: {reason}"
+        self.count += num_rows
+
+    @property
+    def told(self) -> str:
+        """A line for people, "" where there is none."""
+        if not self.count:
+            return ""
+        rows = "row" if self.count == 1 else "rows"
+        return f"{self.count:,} bad {rows} left out, first {self.first}; `ptm data check` lists all"
+
+
 class Conversation(NamedTuple):
     """Messages, and where they are from: `file:line`, or the name of a task."""
 
@@ -97,6 +116,10 @@ def _check_order(messages: Messages) -> None:
     for i, message in enumerate(messages):
         number, role = i + 1, message["role"]
         wanted = "system" if i < first else ("user", "assistant")[(i - first) % 2]
+        if role not in ("system", "user", "assistant"):
+            raise BadRow(
+                f"message {number} has role {role!r}, which is not system, user, assistant"
+            )
         if role != wanted:
             raise BadRow(f"roles are out of order: message {number} is of {role!r}, not {wanted!r}")
         reason = unusable(message["content"])

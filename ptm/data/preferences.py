@@ -1,7 +1,8 @@
 """Rows for learning from answers: preference pairs, and prompts whose answers a reward scores.
 
     pairs      {"prompt": ..., "chosen": ..., "rejected": ...}
-    prompts    {"prompt": ..., "answer": ...}, the answer for the reward, "" without one
+    prompts    {"prompt": ..., "answer": ...}, the answer for the reward, "" without one where the
+               reward does not compare with it
 
 from .jsonl or .parquet, or made of the built-in tasks: a rejected answer is then the right answer
 to another question of its task. Rows that cannot be used are bad rows, by data.bad_rows, told by
@@ -22,13 +23,14 @@ import torch
 import xxhash
 
 from ptm.common.errors import CheckpointError, DataError, line
-from ptm.data.chat import ChatTemplate
+from ptm.data.chat import ChatTemplate, reason_of
 from ptm.data.config import DataConfig
 from ptm.data.conversations import BadRow, OnBad, ignore, read_rows
 from ptm.data.loader import RowId
 from ptm.data.mixture import permutation
 from ptm.data.pack import Batch
 from ptm.data.reader import unusable
+from ptm.data.rewards import BUILT_IN
 from ptm.data.shard import text_hash
 from ptm.data.tasks import Example, examples
 from ptm.data.tokenizer import Tokenizer
@@ -86,7 +88,7 @@ class Maker(NamedTuple):
         try:
             ids = self.template.encode_prompt(message, self.tokenizer)
         except DataError as error:
-            raise BadRow(str(error)) from error
+            raise BadRow(reason_of(error)) from error
         self._refuse_long(len(ids))
         return Prompt(where, question, answer, ids)
 
@@ -98,7 +100,7 @@ class Maker(NamedTuple):
         try:
             found = Answer(*self.template.encode(messages, self.tokenizer))
         except DataError as error:
-            raise BadRow(str(error)) from error
+            raise BadRow(reason_of(error)) from error
         self._refuse_long(len(found.tokens))
         return found
 
@@ -147,15 +149,19 @@ def open_prompts(
     maker: Maker,
     *,
     seed: int,
+    reward: str,
     on_bad: OnBad = ignore,
 ) -> Sides:
-    """Prompts of a file, or `count` of the built-in tasks. Raises: DataError."""
+    """Prompts of a file, or `count` of the built-in tasks, for the named reward. Raises:
+    DataError."""
 
     def of_row(values: dict[str, Any]) -> tuple[str, Callable[[str], Prompt]]:
         answer = values.get("answer")
         text = {"prompt": values.get("prompt"), "answer": "" if answer is None else answer}
         if not isinstance(text["answer"], str):
             raise BadRow("'answer' is not a string")
+        if reward in BUILT_IN and not text["answer"].strip():
+            raise BadRow(f"'answer' is missing or blank, and grpo.reward={reward} compares with it")
         prompt = _texts(text, ("prompt",))[0]
         return prompt, lambda where: maker.prompt(where, prompt, text["answer"])
 

@@ -21,6 +21,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +30,7 @@ import xxhash
 
 from ptm.common.errors import DataError, line
 from ptm.data.child import Child
-from ptm.data.config import BadRows, DataConfig
+from ptm.data.config import PYTHON_STDLIB, BadRows, DataConfig
 from ptm.data.lock import build_once
 from ptm.data.progress import BytesDone
 from ptm.data.shard import (
@@ -74,8 +75,11 @@ def prepare_source(
 ) -> Prepared:
     """The tokenized corpus of one source, building it if it is not there intact.
 
-    Raises: DataError for too many bad rows (see `DataConfig.bad_rows`) or none that are good.
+    Raises: DataError for too many bad rows (see `DataConfig.bad_rows`) or none that are good, but
+    not for those of the interpreter's own files, which are nobody's to mend.
     """
+    if source == PYTHON_STDLIB:
+        config = replace(config, bad_rows=BadRows.skip, max_bad_fraction=1.0)
     folder = cache / "corpora" / cache_key(FORMAT, files, config.text_key, tokenizer.fingerprint)
     lock = cache / "locks" / folder.name
     lock.parent.mkdir(parents=True, exist_ok=True)

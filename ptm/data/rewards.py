@@ -6,7 +6,8 @@ Named in a recipe as `exact`, `contains`, or `path/to/file.py:function`. The fun
 program and the text is a model's: it runs in a process of its own (ptm/data/child.py) with an
 alarm, a bound on memory, and, where the system lets a process give up its network, in an empty
 network; everywhere Python's sockets are refused besides. A call that raises, does not return a
-finite number, hangs or dies is a reward of 0 and is counted; the process is started again.
+number (finite, of at most MOST), hangs or dies is a reward of 0 and is counted; the process is
+started again. After MOST_HUNG texts in one `score` the rest are taken to hang too.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib.util
-import math
+import inspect
 import socket
 import sys
 from collections.abc import Callable, Sequence
@@ -22,9 +23,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ptm.common.errors import DataError, OutOfPages, PtmError, RecipeError, line
-from ptm.data.child import TIMED_OUT, Child
+from ptm.data.child import CRASHED, TIMED_OUT, Child
 
 MEMORY_BYTES = 1 << 30
+IMPORT_S = 10.0
+MOST = 1e9
+"Only differences within a group count, and sums of more are no longer numbers."
+MOST_HUNG = 8
 CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000
 
 
@@ -57,18 +62,28 @@ class _Hung(str):
 class Rewarder:
     """Scores texts in a child process; close it, or use it in a `with`."""
 
-    def __init__(self, name: str, *, timeout_s: float) -> None:
-        """timeout_s: of one call. Raises: RecipeError where there is no such function,
-        DataError where its file cannot be imported."""
-        self.name, self.timeout_s = name, timeout_s
+    def __init__(self, name: str, *, timeout_s: float, log: Path | None = None) -> None:
+        """timeout_s: of one call; log: takes what the function prints. Raises: RecipeError where
+        there is no such function, DataError where its file cannot be imported."""
+        self.name, self.timeout_s, self.log = name, timeout_s, log
         self.child: Child | None = None
-        self._call({"check": True})
+        try:
+            self._call({"rows": []})
+        except (DataError, OutOfPages) as error:
+            for reason in (TIMED_OUT, CRASHED):
+                if reason in str(error):
+                    rule = f"its import {reason} ({IMPORT_S:g} s are given)"
+                    raise DataError(line("grpo.reward", name, rule, "mend the file")) from None
+            raise
 
     def score(self, rows: Sequence[tuple[str, str, str]]) -> Scored:
         """Rewards of (question, answer, text) rows."""
         rewards, raised, hung, first = [], 0, 0, ""
         at = 0
         while at < len(rows):
+            if hung >= MOST_HUNG:
+                rest = len(rows) - at
+                return Scored(rewards + [0.0] * rest, raised, hung + rest, first)
             # One request for many rows; a hang or a death costs the row it is at, and goes on.
             done: list[Any] = []
             try:
@@ -90,11 +105,11 @@ class Rewarder:
 
     def _call(self, request: dict[str, Any], report: Callable[[Any], None] = lambda _: None):
         if self.child is None:
-            self.child = Child("ptm.data.rewards", memory_bytes=MEMORY_BYTES)
+            self.child = Child("ptm.data.rewards", memory_bytes=MEMORY_BYTES, log=self.log)
         request = {"name": self.name, "timeout_s": self.timeout_s, **request}
         # The alarm is set again before each row, in the child.
         try:
-            return self.child.call(request, what="reward", time_s=10.0, report=report)
+            return self.child.call(request, what="reward", time_s=IMPORT_S, report=report)
         except PtmError:
             self.close()
             raise
@@ -122,11 +137,12 @@ def handle(request: dict[str, Any], report: Callable[[Any], None]) -> None:
     if name not in _FUNCTIONS:
         _leave_network()
         _FUNCTIONS[name] = _function(name)
-    for row in request.get("rows", ()):
+    for row in request["rows"]:
         signal.setitimer(signal.ITIMER_REAL, request["timeout_s"])
         try:
             value = float(_FUNCTIONS[name](*row))
-            report(value if math.isfinite(value) else f"the reward is {value}, not a finite number")
+            is_fit = abs(value) <= MOST  # false for nan too
+            report(value if is_fit else f"the reward is {value}, not a number of {MOST:g} at most")
         except MemoryError:
             report("the reward is out of memory")
         except Exception as error:  # whatever somebody's function can do wrong: told and counted
@@ -154,6 +170,13 @@ def _function(name: str) -> Callable[[str, str, str], Any]:
     found = getattr(module, function, None)
     if not callable(found):
         raise RecipeError(line("grpo.reward", name, f"{path} has no function {function}", remedy))
+    try:
+        inspect.signature(found).bind("", "", "")
+    except TypeError as error:
+        rule = f"is called as {function}(question, answer, text): {error}"
+        raise RecipeError(line("grpo.reward", name, rule, "mend its arguments")) from None
+    except ValueError:  # what is not Python's may have no signature
+        pass
     return found
 
 

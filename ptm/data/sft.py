@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from ptm.common.errors import DataError, RecipeError, line
-from ptm.data.chat import TEMPLATES, ChatTemplate, TemplateError
+from ptm.data.chat import TEMPLATES, ChatTemplate, TemplateError, reason_of
 from ptm.data.config import DataConfig
 from ptm.data.conversations import Conversation, OnBad, ignore, read_conversations
 from ptm.data.loader import RowId
@@ -89,7 +89,7 @@ def open_conversations(
                 if isinstance(one, DataError):
                     totals = totals.plus(Totals(bad_rows=1))
                     path, _, number = conversation.where.rpartition(":")
-                    reason = " ".join(str(one).split())
+                    reason = " ".join(reason_of(one).split())
                     bad = bad or [(path, number, reason)]
                     on_bad(conversation.where, reason, 1)
                     faults += [one.rule] if isinstance(one, TemplateError) else []

@@ -54,7 +54,8 @@ class AdapterConfig:
         unknown = [role for role in self.targets if role not in ROLES]
         if unknown or not self.targets:
             remedy = f"choose of {', '.join(ROLES)}"
-            raise RecipeError(line("adapter.targets", self.targets, "must name roles", remedy))
+            rule = f"{unknown[0]!r} is no role" if unknown else "must name roles"
+            raise RecipeError(line("adapter.targets", self.targets, rule, remedy))
         if self.has_codes and self.kind is AdapterKind.none:
             rule = "needs frozen weights, and all are trained"
             raise RecipeError(line("adapter.base", self.base, rule, "set adapter.kind=lora"))

@@ -1,10 +1,14 @@
 """Rewards in their process: values, failures that cost one row, and no network."""
 
+import os
 import socket
+import time
+from pathlib import Path
 
 import pytest
 
-from ptm.common.errors import RecipeError
+from ptm.common.errors import DataError, RecipeError
+from ptm.data import rewards
 from ptm.data.rewards import Rewarder
 
 FUNCTIONS = """
@@ -19,7 +23,15 @@ def score(question, answer, text):
     if text == "die": os._exit(3)
     if text == "dial": socket.create_connection(("127.0.0.1", int(answer)), timeout=1)
     if text == "print": print("{}")
+    if text == "huge": return 1e308
+    if text == "read": import sys; return float(sys.stdin.read() == "")
+    if text == "fork": os.fork()
+    if text == "leave":
+        pid = os.fork()
+        if not pid: time.sleep(60)
+        return pid
     return len(text) / 10
+def two(question, text): return 1.0
 """
 
 
@@ -54,6 +66,53 @@ def test_a_reward_has_no_network(file):
         with Rewarder(f"{file}:score", timeout_s=5) as rewarder:
             found = rewarder.score([("q", port, "dial")])
         assert found.rewards == [0.0] and "no network" in found.first_error
+
+
+def test_what_a_reward_starts_does_not_answer_in_its_place_and_ends_with_it(file: Path) -> None:
+    with Rewarder(f"{file}:score", timeout_s=5) as rewarder:
+        found = rewarder.score([("q", "a", text) for text in ["fork", "ab", "huge", "read"]])
+        assert found.rewards == [0.4, 0.2, 0.0, 1.0] and found.raised == 1
+        assert "1e+308, not a number of 1e+09 at most" in found.first_error
+        pid = int(rewarder.score([("q", "a", "leave")]).rewards[0])
+        os.kill(pid, 0)
+    for _ in range(100):
+        if not Path(f"/proc/{pid}").exists() or "\nState:\tZ" in status(pid):
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"process {pid} lives on")
+
+
+def status(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return "\nState:\tZ"
+
+
+def test_what_it_prints_goes_to_its_log(file: Path, tmp_path: Path, capfd) -> None:
+    log = tmp_path / "reward.log"
+    with Rewarder(f"{file}:score", timeout_s=5, log=log) as rewarder:
+        assert rewarder.score([("q", "a", "print")]).rewards == [0.5]
+    assert log.read_text() == "{}\n" and capfd.readouterr() == ("", "")
+
+
+def test_a_reward_that_hangs_again_and_again_is_asked_no_more(file, monkeypatch) -> None:
+    monkeypatch.setattr(rewards, "MOST_HUNG", 2)
+    with Rewarder(f"{file}:score", timeout_s=0.2) as rewarder:
+        found = rewarder.score([("q", "a", text) for text in ["ab", *["hang"] * 40]])
+        assert found.rewards == [0.2] + 40 * [0.0] and (found.raised, found.hung) == (0, 40)
+
+
+def test_other_arguments_and_a_file_that_hangs_are_one_line(file, tmp_path, monkeypatch) -> None:
+    with pytest.raises(RecipeError, match=r"two: is called as two\(question, answer, text\): too "):
+        Rewarder(f"{file}:two", timeout_s=5)
+    slow = tmp_path / "slow.py"
+    slow.write_text("import time\ntime.sleep(60)\ndef f(question, answer, text): return 0\n")
+    monkeypatch.setattr(rewards, "IMPORT_S", 1.0)
+    with pytest.raises(
+        DataError, match=r"^grpo\.reward=.*slow\.py:f: its import took too long \(1 s "
+    ):
+        Rewarder(f"{slow}:f", timeout_s=5)
 
 
 @pytest.mark.parametrize("name", ["nothing", "no/such.py:f", "FILE:missing", "FILE:not a name"])

@@ -9,7 +9,7 @@ import pytest
 from ptm.common.errors import DataError, RecipeError
 from ptm.data.chat import M32, ChatTemplate
 from ptm.data.config import DataConfig
-from ptm.data.conversations import BadRow, messages_of
+from ptm.data.conversations import BadRow, BadSeen, messages_of
 from ptm.data.loader import Loader
 from ptm.data.preferences import Maker, open_pairs, open_prompts
 from ptm.data.sft import PackedRows, chat_template, open_conversations
@@ -120,7 +120,9 @@ def test_sources_are_told_by_their_own_keys(tmp_path: Path, tokenizer: Tokenizer
         opened = {
             "sft": sft,
             "dpo": lambda source: open_pairs(source, (), 1, data, maker, seed=0),
-            "grpo": lambda source: open_prompts(source, (), 1, data, maker, seed=0),
+            "grpo": lambda source: open_prompts(
+                source, (), 1, data, maker, seed=0, reward="f.py:f"
+            ),
         }
         for key, open_source in opened.items():
             rule = f"^{key}.source={gone}: does not exist; name a folder, a glob or tasks$"
@@ -137,8 +139,15 @@ def test_a_prompt_that_the_template_refuses_is_a_bad_row(tmp_path: Path, tokeniz
     jinja.write_text(jinja.read_text() + M32)
     data = DataConfig(max_bad_fraction=0.2, eval_fraction=0.3)
     with chat_template(SftConfig(template=str(jinja)), tokenizer, None) as template:
-        sides = open_prompts(str(path), (), 1, data, Maker(tokenizer, template, 64), seed=0)
-    assert len(sides.train) + len(sides.held_out) == 40 - 4
+        maker, bad = Maker(tokenizer, template, 64), BadSeen()
+        kinds = {"seed": 0, "reward": "mine.py:f", "on_bad": bad}
+        sides = open_prompts(str(path), (), 1, data, maker, **kinds)
+        assert len(sides.train) + len(sides.held_out) == 40 - 4 and bad.count == 4
+        first = f"4 bad rows left out, first {path}:8: the template refuses it: no; leave it out"
+        assert bad.told == f"{first}; `ptm data check` lists all"
+        missing = "'answer' is missing or blank, and grpo.reward=exact compares with it"
+        with pytest.raises(DataError, match=missing):
+            open_prompts(str(path), (), 1, data, maker, seed=0, reward="exact")
 
 
 def test_long_answers_are_cut_and_counted(tmp_path: Path, tokenizer: Tokenizer):

@@ -166,6 +166,22 @@ def test_rules_between_sections(words: str, message: str) -> None:
         load("model.scale=mini", *words.split())
 
 
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("m32_dpo train.micro_batch_size=7", "a multiple of 2, as a pair is two rows; set.*=6"),
+        ("m32_grpo grpo.group_size=3", "micro_batch_size=128: must be a multiple of 3, grpo.group"),
+        ("m32_grpo grpo.max_new_tokens=64", "^grpo.max_new_tokens=64: leaves no place for a"),
+        ("m32_dpo model.router_aux_loss_coef=0.1", "has no part in mode=dpo"),
+        ("m32_lora adapter.targets=[q,kk]", "'kk' is no role; choose of q, k"),
+    ],
+)
+def test_rules_of_fine_tuning(words: str, message: str) -> None:
+    name, word = words.split()
+    with pytest.raises(RecipeError, match=message):
+        load(f"recipe={name}", "model.scale=mini", word)
+
+
 def test_an_error_of_a_section_has_its_key_and_file(tmp_path: Path) -> None:
     file = tmp_path / "bad.yaml"
     file.write_text("base: m32\n\nmodel:\n  hidden_size: 250\n")

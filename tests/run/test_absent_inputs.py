@@ -46,7 +46,8 @@ def test_refused_before_a_run_folder_is_made(
     (tmp_path / "broken.jinja").write_text("{% if %}")
     (tmp_path / "a.txt").write_text("text")
     key, _, value = word.replace("FOLDER", str(tmp_path)).partition("=")
-    given = {"mode": mode, "train.init_from": base, key: value}
+    given = {"mode": mode, "train.init_from": base, "grpo.group_size": 2, "grpo.max_new_tokens": 8}
+    given[key] = value
     words = runs.words(tmp_path / "run", tmp_path / "a.txt", **given)
     assert run(["train", *words]) == code
     told = capsys.readouterr().err.splitlines()

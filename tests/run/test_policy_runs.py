@@ -1,5 +1,6 @@
 """Runs that learn from pairs and from rewards: killed, also within a rollout, and begun again."""
 
+import json
 import os
 import signal
 import subprocess
@@ -131,3 +132,21 @@ def test_a_reward_that_raises_is_told_once(
     assert len(told) == 1 and "ValueError: boom" in told[0]
     steps = [row for row in done.stdout.splitlines() if row.startswith("step ")]
     assert any(" raised " in row and " reward 0.000 " in row for row in steps)
+
+
+def test_bad_rows_are_told_and_too_many_leave_no_folder(
+    base: Path, text: Path, cache: Path, tmp_path: Path
+) -> None:
+    rows = [json.dumps({"prompt": f"{i} or {i + 1}?", "answer": "yes"}) for i in range(60)]
+    rows[7] = json.dumps({"prompt": "no answer"})
+    source = tmp_path / "prompts.jsonl"
+    source.write_text("\n".join(rows) + "\n")
+    changes = {"grpo.source": source, "grpo.group_size": 4, "train.steps": 2}
+    changes |= {"grpo.max_new_tokens": 6, "grpo.eval_prompts": 4, "data.max_bad_fraction": 0}
+    refused = runs.launch(0, words(tmp_path / "run", base, text, "grpo", **changes), cache)
+    assert refused.returncode == 4 and not (tmp_path / "run").exists()
+    told = f"{source}:8: 'answer' is missing or blank, and grpo.reward=exact compares with it"
+    assert told in refused.stderr
+    changes["data.max_bad_fraction"] = 0.1
+    shown = finish(runs.launch(0, words(tmp_path / "run", base, text, "grpo", **changes), cache))
+    assert f"1 bad row left out, first {told}" in shown
