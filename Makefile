@@ -20,10 +20,10 @@ train: kernels
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/torchrun --nproc-per-node $(RANKS) launch/train.py recipe=m32 $(ARGS)
 
 test: kernels
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/pytest -m "not slow" $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/pytest -m "not slow" --durations 15 $(ARGS)
 
 test-slow: kernels
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/pytest -m slow --timeout 1200 $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/pytest -m slow --timeout 1200 --durations 25 $(ARGS)
 
 # With a torch for CUDA in .venv; without a device the tests skip themselves.
 test-gpu: kernels
