@@ -61,6 +61,8 @@ class Verb(NamedTuple):
     positionals: tuple[str, ...] = ()
     others: dict[str, tuple[str, str]] = {}
     "First word -> the config that it has instead, and that one's positionals."
+    absent: dict[str, str] = {}
+    "What people give that is no key -> what to do instead."
 
     def told(self, words: list[str]) -> Verb:
         """This verb as its first word makes it."""
@@ -91,6 +93,7 @@ VERBS = {
         "ptm.export.config:ConvertConfig",
         "ptm.export.convert:convert",
         ("source", "out"),
+        absent={"merge": "leave it out: an adapter is merged, and to=peft writes it alone"},
     ),
     "export": Verb(
         "Quantize a model: GPTQ int4 and int8, FP6, in files that others read.",
@@ -179,14 +182,15 @@ def _parse(words: list[str]) -> Callable[[], int | None]:
 
 
 def _config(verb: Verb, words: list[str]) -> Any:
-    from ptm.common.parse import schema_of
+    from ptm.common.parse import Names, schema_of
     from ptm.recipe import Recipe, load_recipe
 
     cls = load(verb.config)
     if issubclass(cls, Recipe):
         return load_recipe(words, cls=cls, positionals=verb.positionals, say=_show)
     schema = schema_of(cls)
-    return schema.build(schema.words(words, positionals=verb.positionals))
+    names = Names(absent=verb.absent)
+    return schema.build(schema.words(words, positionals=verb.positionals, names=names))
 
 
 def load(target: str) -> Any:

@@ -42,6 +42,12 @@ def test_launch_scripts_run_their_verb_from_any_folder(name: str, tmp_path: Path
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_people_ask_for_and_is_no_key_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["convert", "runs/x", "out", "merge=true"]) == 2
+    told = "merge=true: is not a setting here; leave it out: an adapter is merged, and"
+    assert capsys.readouterr().err.startswith(told)
+
+
 def test_overview_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     for words in ([], ["--help"], ["-h"]):
         assert run(words) == 0

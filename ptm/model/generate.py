@@ -159,7 +159,6 @@ def _next_logits(
     was_training = model.training
     model.eval()
     try:
-        x_BLD = model.hidden(ids_BL, attention_mask_BL=mask_BL, cache=cache)
+        return model.next_logits(ids_BL, cache, mask_BL)
     finally:
         model.train(was_training)
-    return F.linear(x_BLD[:, -1], model.head_weight)

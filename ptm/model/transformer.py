@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ptm.kernels.linear import linear
@@ -169,6 +170,16 @@ class Transformer(nn.Module):
             input_ids_BL, position_ids_BL, document_ids_BL, cache, attention_mask_BL
         )
         return linear(x_BLD, self.head_weight)
+
+    def next_logits(
+        self,
+        input_ids_BL: Tensor,
+        cache: Cache | None = None,
+        attention_mask_BL: Tensor | None = None,
+    ) -> Tensor:
+        """Logits (B, V) of what follows each row; arguments as for `hidden`."""
+        x_BLD = self.hidden(input_ids_BL, cache=cache, attention_mask_BL=attention_mask_BL)
+        return F.linear(x_BLD[:, -1], self.head_weight)
 
     def loss(self, batch: Any) -> Loss:
         """Cross entropy of a Batch: (B, L) input_ids, labels (already shifted), loss_mask,

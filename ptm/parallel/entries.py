@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import nn
 
-ENTRIES = ("loss", "hidden", "run")
-"""Methods of the model, besides `forward`, that are called from outside."""
+ENTRIES = ("loss", "log_probs", "next_logits", "hidden", "run")
+"""Methods of the model, besides `forward`, that are called from outside: all that use the head's
+weight, which is whole only within a call."""
 
 
 def enter_as_one(model: nn.Module, call: Callable[..., Any]) -> None:

@@ -104,6 +104,39 @@ def test_bf16_trains_on_fp32_masters(zero: int) -> None:
     assert got[0]["norms"] == pytest.approx(expected["norms"], rel=3e-2)
 
 
+def answers(model: Any) -> tuple[float, list[Any]]:
+    """What dpo and grpo ask of a model beside its loss."""
+    batch = rows_of_step(0)
+    with torch.no_grad():
+        judged = model.eval().log_probs(batch).double().sum().item()
+    drawn = [one.ids_B for one in model.steps(batch.input_ids[:2, :4], 5)]
+    return judged, torch.stack(drawn).tolist()
+
+
+def answered(rank: int, world: int, zero: int) -> list[Any]:
+    """Before and after a step of a policy that moves nothing."""
+    engine = engine_of(mesh_of_test(rank, world), zero=zero)
+    found = [answers(engine.model)]
+    loss = -engine.model.train().log_probs(take(rows_of_step(0), 0, 2)).sum()  # type: ignore
+    one = torch.tensor(1.0)
+    engine.backward(loss, is_last=True, tokens=one, lr=0.0)
+    norm = engine.step(nll_sum=loss.detach(), tokens=one, lr=0.0, flags=[]).grad_norm
+    return [*found, answers(engine.model), norm]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", [2, 3])
+def test_answers_are_judged_and_drawn_through_shards(zero: int) -> None:
+    plain = Transformer(tiny())
+    plain.init_weights(0)
+    judged, drawn = answers(plain)
+    (-plain.train().log_probs(take(rows_of_step(0), 0, 2)).sum()).backward()
+    squares = [p.grad.square().sum() for p in plain.parameters() if p.grad is not None]
+    for *turns, norm in run_ranks(2, answered, zero):
+        assert turns[0] == turns[1] == (pytest.approx(judged, rel=1e-6), drawn)
+        assert norm == pytest.approx(float(torch.stack(squares).sum().sqrt()), rel=1e-4)
+
+
 def poisoned(rank: int, world: int, what: float, zero: int) -> tuple[Any, ...]:
     mesh = mesh_of_test(rank, world)
     engine = engine_of(mesh, zero=zero)
