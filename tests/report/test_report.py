@@ -286,6 +286,7 @@ def test_status_of_an_unfinished_run(tmp_path: Path, kinds: list[str], status: s
     assert status in page_of(tmp_path).words
 
 
+@pytest.mark.slow
 def test_long_run_stays_small(tmp_path: Path) -> None:
     make_run(tmp_path, steps=100_000, layers=1, experts=4)
     log = read_run(tmp_path)
