@@ -1,7 +1,7 @@
 """kill -9 of runs whose pages are on a disk: never more than one step is lost, and no bit.
 
-Twelve kills through the command line, at random instants of random ranks or of all at once, while
-they start, restore, step, commit, evict and save; and thirty-eight of forked ranks that run the
+Six kills through the command line, at random instants of random ranks or of all at once, while
+they start, restore, step, commit, evict and save; and forty-four of forked ranks that run the
 engine alone, which start in a fraction of the time.
 """
 
@@ -30,8 +30,8 @@ from tests.support.ranks import RankFailed, run_ranks
 
 pytestmark = pytest.mark.slow
 
-LAST = 150
-"""Steps that twelve kills do not come to: each waits for eight at most, or for the next save."""
+LAST = 100
+"""Steps that six kills do not come to: each waits for eight at most, or for the next save."""
 LARGER = {
     "model.hidden_size": 64,
     "model.attention_projection_size": 128,
@@ -100,7 +100,7 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def test_twelve_kills_through_the_command_line(text: Path, cache: Path, tmp_path: Path) -> None:
+def test_six_kills_through_the_command_line(text: Path, cache: Path, tmp_path: Path) -> None:
     def words(name: str) -> list[str]:
         keys = LARGER | {"train.steps": LAST, "engine.ssd_path": tmp_path / f"{name}-ssd"}
         return runs.words(tmp_path / name, text, **keys)
@@ -110,7 +110,7 @@ def test_twelve_kills_through_the_command_line(text: Path, cache: Path, tmp_path
     print(f"seed {seed}")
     folder, most, num_resumed = tmp_path / "run", 0, 0
     out = tmp_path / "out.txt"
-    for kill in range(12):
+    for kill in range(6):
         with out.open("w") as file:
             agent = subprocess.Popen(
                 runs.command(2, words("run")),
@@ -140,7 +140,7 @@ def test_twelve_kills_through_the_command_line(text: Path, cache: Path, tmp_path
 
 MODEL = replace(paged.MODEL, hidden_size=64, attention_projection_size=128, num_experts=16,
                 moe_intermediate_size=64, num_hidden_layers=6)  # fmt: skip
-STEPS = 400
+STEPS = 460
 
 
 def train_until_killed(rank: int, world: int, folder: str, steps: int) -> Any:
@@ -196,7 +196,7 @@ def kill_later(rng: random.Random, folder: Path) -> str:
     return ", ".join(pid.name for pid in victims)
 
 
-def test_thirty_eight_kills_of_the_engine(tmp_path: Path) -> None:
+def test_forty_four_kills_of_the_engine(tmp_path: Path) -> None:
     seed = random.randrange(2**32)
     rng = random.Random(seed)
     print(f"seed {seed}")
@@ -205,7 +205,7 @@ def test_thirty_eight_kills_of_the_engine(tmp_path: Path) -> None:
     whole.mkdir()
     losses: dict[int, str] = {}
     most = 0
-    for kill in range(38):
+    for kill in range(44):
         num_resumed = len(resumed_at(folder))
         victims = run_and_kill(rng, folder)
         resumed = resumed_at(folder)
