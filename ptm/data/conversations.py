@@ -117,9 +117,7 @@ def _check_order(messages: Messages) -> None:
         number, role = i + 1, message["role"]
         wanted = "system" if i < first else ("user", "assistant")[(i - first) % 2]
         if role not in ("system", "user", "assistant"):
-            raise BadRow(
-                f"message {number} has role {role!r}, which is not system, user, assistant"
-            )
+            raise BadRow(f"message {number} has role {role!r}, not system, user or assistant")
         if role != wanted:
             raise BadRow(f"roles are out of order: message {number} is of {role!r}, not {wanted!r}")
         reason = unusable(message["content"])
