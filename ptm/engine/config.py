@@ -37,7 +37,7 @@ class EngineConfig:
     "Who owns the states: paged (this engine), fsdp (torch FSDP2), deepspeed (through accelerate)."
     zero: int = ranged(0, least=0, most=3)
     """What is sharded over ranks: 1 optimizer states, 2 gradients too, 3 weights too; 0 takes the
-    fastest that fits, or the lowest where `ptm plan` has not measured this machine."""
+    lowest that fits, or the fastest on a machine that is described (ptm/planner/price.py)."""
     ep: int = ranged(1, least=1, most=4096)
     "Ranks that share one set of experts; divides the ranks and the experts."
     chunks: int = ranged(1, least=1, most=64)

@@ -1,7 +1,9 @@
 """The price of a job on a machine: its memory, its seconds, and the best of its open choices.
 
 What a recipe leaves open is `engine.zero: 0`: 1, 2 and 3 are priced, and of those that fit the
-fastest wins; where the machine's speed is not known, the lowest, which sends least. What the
+fastest wins on a machine that is described. On one whose speed was measured, or is not known, it is
+the lowest, which sends least: stages add gradients in different orders, so a choice by a clock
+would make of the same recipe another run, in its last bits, from one day to the next. What the
 recipe says is kept. Other ways (experts over more ranks, recompute, micro-batches) are priced
 beside it and shown as advice, with what they lose by: the number that does not fit, or the slower
 step.
@@ -47,7 +49,11 @@ class Priced(NamedTuple):
 
 def price(job: Job, hardware: Hardware) -> Priced:
     """The best of the job's open choices, or the one that comes nearest to fitting."""
-    return min(stages(job, hardware), key=lambda priced: priced.rank)
+    found = stages(job, hardware)
+    lowest = next((priced for priced in found if priced.memory.fits), None)
+    if lowest is not None and hardware.speed is not None and hardware.speed.is_measured:
+        return lowest
+    return min(found, key=lambda priced: priced.rank)
 
 
 def stages(job: Job, hardware: Hardware) -> list[Priced]:

@@ -79,6 +79,7 @@ def with_speed(
     speed = Speed(
         **{**rates, **disk, "link": kept.get(_link_key(job), 1e9)},
         slowdown=max(1.0, busy) if job.device == "cpu" else 1.0,
+        is_measured=True,
         timed=Timed(**timed) if timed else None,
     )
     how = "its blocks timed" if timed else "by its rates"

@@ -59,6 +59,8 @@ class Speed:
     ssd_write: float
     slowdown: float = 1.0
     """How much longer work takes because ranks share cores."""
+    is_measured: bool = False
+    """Measured on this machine: another number at another time."""
     timed: Timed | None = field(default=None)
     """The job itself, timed; then no rate of computing is used."""
 

@@ -41,6 +41,18 @@ def test_without_speeds_the_lowest_stage_that_fits() -> None:
     assert plan.step_s is None and plan.spent == () and "a step takes" not in plan.text()
 
 
+def test_no_clock_chooses_among_stages_that_add_in_different_orders() -> None:
+    h200 = machine("8xH200")
+    assert h200.speed is not None
+    job = replace(full(64, 8, zero=0), batch_tokens=64 * 4096)  # one micro-batch
+    ranked = sorted(stages(job, h200), key=lambda found: found.rank)
+    measured = replace(h200, speed=replace(h200.speed, is_measured=True))
+    assert ranked[0].job.zero != 1  # a clock would choose another
+    assert price(job, measured).job.zero == 1
+    plan = plan_of(job, measured, is_compared=True)
+    assert plan.step_s is not None and any("faster" in o.verdict for o in plan.options)
+
+
 def test_options_say_what_they_lose_by() -> None:
     plan = plan_of(full(8, zero=0), machine("8xH100"), is_compared=True)
     by_words = {option.words: option for option in plan.options}
