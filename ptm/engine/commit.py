@@ -125,6 +125,7 @@ class Committer:
         pager = self.pager
         pager.unflushed.update(page for page in pager.dirty if page in pager.slots.durable)
         pager.slots.begin(pager.unflushed)
+        pager.write_soon(sorted(pager.unflushed))
         self.pending = (step, meta)
         pager.changed.notify_all()
 
@@ -162,20 +163,13 @@ class Committer:
                 pager.unpark()
 
     def _flush(self) -> None:
-        """Write what is noted, a few pages at a time, so that fetches find their way between."""
+        """Wait until what is noted is written."""
         pager = self.pager
-        limit = max(1, self.ssd.threads.num_threads - 1)
         with pager.lock:
-            order = sorted(pager.unflushed, reverse=True)
             while pager.unflushed:
                 if pager.failure is not None:
                     raise pager.failure
-                while order and len(pager.writing) < limit:
-                    page = order.pop()
-                    if page in pager.unflushed and page not in pager.writing:
-                        pager.write_back(page)
-                if pager.unflushed:
-                    pager.changed.wait()
+                pager.changed.wait()
 
     def _record(self, step: int, meta: dict[str, Any]) -> None:
         slots = self.pager.slots

@@ -223,7 +223,9 @@ class PagedEngine:
         if isinstance(self.timing, Exact):
             self.timing.is_likely = factor == 1.0
         if self.tiers.paging is not None:
-            self.updater.is_inline = self.tiers.paging.border(self.timing.kind)
+            self.updater.is_inline = self.tiers.paging.border(
+                self.timing.kind, finish=self.updater.drain
+            )
         decision = None if outcome.is_skipped else self._decision(total, factor, lr)
         self.timing.decided(decision)
         self._wait_commit_before()

@@ -1,19 +1,23 @@
 """Where in the traced step the run is, and which orders of the schedule are due.
 
-The position is the last access of the trace that has happened together with all before it. Threads
-work side by side, so accesses come a little out of order: one that is at most `WINDOW` ahead is
-remembered and passed over later. An access that the trace does not have there, like those of an
-evaluation, moves nothing. If the expected one does not come at all, the position moves on once
-`LATE` later ones are in.
+Two threads use pages, each in the order of the trace: one runs forward and backward, the other
+updates. So each has a place of its own, and the position is the last access of the trace that has
+happened together with all before it:
+
+    trace        F F F F B B B u B B u u u | F F F F B ...     u: update
+    happened     x x x x x x x x x x . . .   x x x             a step begins, updates lag behind
+                                   |`- position
+
+An access that its thread does not have among the next `WINDOW` of the trace, like those of an
+evaluation, moves nothing; what it skips counts as passed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
-WINDOW = 64
-LATE = 32
+WINDOW = 16
 MOST_LATE = 32
 
 
@@ -33,65 +37,120 @@ class Schedule(Protocol):
     def trace(self) -> Any: ...
     @property
     def orders(self) -> Sequence[Any]: ...
+    @property
+    def flushes(self) -> Sequence[Any]: ...
     def next_use(self, page: int, position: int) -> int: ...
+
+
+def is_update(what: str) -> bool:
+    """Whether an access is one of the thread that updates."""
+    return what.startswith("update ")
+
+
+class Lane:
+    """One thread's accesses, and which of them comes next."""
+
+    def __init__(self, positions: list[int], pages: list[int]) -> None:
+        self.positions = positions
+        self.pages = pages
+        self.step = self.at = 0
+
+    @property
+    def is_done(self) -> bool:
+        return self.at >= len(self.positions)
+
+    def saw(self, page: int) -> int | None:
+        """Go on past `page`, if it is near; returns where it was."""
+        for at in range(self.at, min(self.at + WINDOW, len(self.pages))):
+            if self.pages[at] == page:
+                self.at = at + 1
+                return self.positions[at]
+        return None
 
 
 class Follower:
     def __init__(self, schedule: Schedule) -> None:
         self.schedule = schedule
-        self.pages = [access.page for access in schedule.trace.accesses]
-        self.position = -1
+        accesses = schedule.trace.accesses
+        self.count = len(accesses)
+        self.position = self.count - 1  # no step has begun
+        "In [-1, count): of this step or, while its updates lag, of the one before."
+        self.late: list[Order] = []
+        "Orders put off for want of a frame; at most MOST_LATE."
+        self.over: set[int] = set()
+        "Pages in hand that a commit takes as they are when released."
+        self._issued: dict[int, Order] = {}
+        self._last_changes = {flush.at for flush in schedule.flushes}
+        self._step = self._steps = 0
+        "Of the position, and of the thread that trains."
         self._orders: dict[int, list[Order]] = {}
         for order in schedule.orders:
             self._orders.setdefault(order.at, []).append(order)
-        self._ahead: set[int] = set()
-        self.late: list[Order] = []
-        "Orders put off for want of a frame; at most MOST_LATE."
+        self._lanes = {}
+        for kind in (False, True):
+            mine = [i for i, access in enumerate(accesses) if is_update(access.what) == kind]
+            self._lanes[kind] = Lane(mine, [accesses[i].page for i in mine])
 
     def begin(self) -> list[Order]:
         """A step begins; returns what is due before its first access."""
-        self.position = -1
-        self._ahead.clear()
-        self.late = [order for order in self.late if order.needed_at <= order.at]
-        return self._orders.get(-1, [])
+        works, updates = self._lanes[False], self._lanes[True]
+        self._steps += 1
+        works.step, works.at = self._steps, 0
+        if updates.is_done or updates.step < self._steps - 1 or self._steps == 1:
+            updates.step, updates.at = self._steps, 0
+        return list(self._settle())
 
-    def saw(self, page: int) -> Sequence[Order]:
-        """`page` is held now; returns the orders that are due by that."""
-        expected, count = self.position + 1, len(self.pages)
-        if expected < count and self.pages[expected] == page:
-            return self._move(expected)
-        for position in range(expected + 1, min(expected + WINDOW, count)):
-            if self.pages[position] == page and position not in self._ahead:
-                self._ahead.add(position)
-                if len(self._ahead) >= LATE:
-                    return self._move(min(self._ahead))
-                break
-        return ()
+    def saw(self, page: int, what: str) -> Sequence[Order]:
+        """`page` is held now, for `what`; returns the orders that are due by that."""
+        kind = is_update(what)
+        lane = self._lanes[kind]
+        at = lane.saw(page)
+        if at is None:
+            return ()
+        if at in self._last_changes:
+            self.over.add(page)
+        if kind and lane.is_done and lane.step < self._steps:
+            lane.step, lane.at = self._steps, 0
+        return list(self._settle())
+
+    def _settle(self) -> Iterator[Order]:
+        """Move the position to before the first access that is still to come."""
+        ends = [
+            (lane.step, self.count if lane.is_done else lane.positions[lane.at])
+            for lane in self._lanes.values()
+            if lane.positions
+        ]
+        step, stop = min(ends, default=(self._steps, 0))
+        while self._step < step:
+            yield from self._due(self.count)
+            self._step, self.position = self._step + 1, -1
+            self.late = [order for order in self.late if order.needed_at <= order.at]
+            yield from self._orders.get(-1, ())
+        yield from self._due(stop)
+
+    def _due(self, stop: int) -> Iterator[Order]:
+        for at in range(self.position + 1, stop):
+            self.position = at
+            yield from self._orders.get(at, ())
 
     def needed(self, order: Order) -> int:
         """Position at which the order's page is used, counted on into the next step."""
         wraps = order.needed_at <= order.at and self.position >= order.at
-        return order.needed_at + (len(self.pages) if wraps else 0)
+        return order.needed_at + (self.count if wraps else 0)
 
     def put_off(self, order: Order) -> None:
         if len(self.late) < MOST_LATE:
             self.late.append(order)
 
+    def again(self, pages: Iterable[int]) -> None:
+        """Put off the orders of `pages`, which were begun in vain."""
+        for page in pages:
+            if page in self._issued:
+                self.put_off(self._issued[page])
+
     def with_late(self, orders: Sequence[Order]) -> list[Order]:
         """What was put off and is still ahead of its need, then `orders`."""
         late, self.late = self.late, []
-        return [order for order in late if self.needed(order) > self.position] + [*orders]
-
-    def _move(self, to: int) -> Sequence[Order]:
-        """To `to`, and over all after it that have happened; orders of what is passed are due."""
-        ahead, orders = self._ahead, self._orders
-        first = self.position + 1
-        if to == first and not ahead:  # the usual case
-            self.position = to
-            return orders.get(to, ())
-        ahead.discard(to)
-        while to + 1 in ahead:
-            to += 1
-            ahead.discard(to)
-        self.position = to
-        return [order for at in range(first, to + 1) for order in orders.get(at, ())]
+        found = [order for order in late if self.needed(order) > self.position] + [*orders]
+        self._issued.update((order.page, order) for order in found)
+        return found

@@ -7,7 +7,8 @@
 A clean page leaves at no cost. A dirty one is written first: it is marked `leaving`, and its frame
 is free once the write is done; a hold in between takes the mark away and the page stays, so that
 nothing is read again. Reading a page while it is written is fine; who wants to write it waits.
-A commit writes pages back in the same way, without the mark.
+What a commit takes is written back in the same way, without the mark, a few pages at a time, so
+that fetches find their way between.
 
 A page whose two slots are both named by records (commit.py) cannot be written: it is `parked`, no
 candidate for eviction, until the commit in progress is done.
@@ -67,6 +68,9 @@ class Pager:
         self.free = list(range(frames.num_frames - 1, -1, -1))
         self.wants: deque[int] = deque()
         "Prefetches that wait for a leaving page's frame."
+        self.soon: deque[int] = deque()
+        "To be written for a commit, as soon as fewer than `most_writing` are."
+        self.most_writing = max(1, ssd.threads.num_threads - 1) if ssd is not None else 0
         self.queued: set[int] = set()
         "Pages being fetched ahead of need of which the read has not begun."
         self.num_fetching = 0
@@ -74,6 +78,8 @@ class Pager:
         "Threads that wait for a frame, and for which page."
         self.num_given_up = 0
         "Prefetches that found no frame."
+        self.given_up: set[int] = set()
+        "Their pages, since the schedule was told."
         self.position = 0
         "Of the last access in the step that the schedule knows."
         self.failure: BaseException | None = None
@@ -188,6 +194,10 @@ class Pager:
             self._fetch_ahead(page, self.free.pop())
             return True
         victim = evicts
+        if evicts is not None and evicts in self.writing and not self.holds[evicts]:
+            self.leaving.add(evicts)
+            self.wants.append(page)
+            return True
         if self.waiting or not self.idle or (evicts is not None and self.holds[evicts]):
             victim = None
         elif victim not in self.idle:
@@ -236,6 +246,16 @@ class Pager:
             self.free.append(frame)
         self._give_up_wants()
 
+    def write_soon(self, pages: Iterable[int]) -> None:
+        """Write dirty durable pages, in this order, that will not change before the next commit."""
+        self.soon.extend(pages)
+        while self.soon and len(self.writing) < self.most_writing and self.failure is None:
+            page = self.soon.popleft()
+            if page not in self.dirty or page in self.writing or page in self.writers:
+                continue
+            if self.slots.target(page) is not None:
+                self.write_back(page)
+
     def write_back(self, page: int, *, urgent: bool = False) -> None:
         """Start to write a dirty page that nobody writes to."""
         slot = self.slots.target(page)
@@ -264,6 +284,7 @@ class Pager:
                 self._freed(self._drop(page))
             elif not self.holds[page]:
                 self.settle(page)
+            self.write_soon(())
             self.changed.notify_all()
 
     def stay(self, page: int) -> None:
@@ -275,6 +296,7 @@ class Pager:
     def _give_up_wants(self) -> None:
         if not self.leaving:
             self.num_given_up += len(self.wants)
+            self.given_up.update(self.wants)
             self.wants.clear()
 
     def keep(self, page: int) -> None:
@@ -321,6 +343,7 @@ class Pager:
     def undo(self) -> None:
         """Make durable pages what the last commit has, once none is on its way."""
         self.wants.clear()
+        self.soon.clear()
         while self.writing or self.num_fetching:
             self.check()
             self.changed.wait()
@@ -337,6 +360,7 @@ class Pager:
     def reset(self) -> None:
         """Drop all pages, written or not, once none is on its way. None may be held."""
         self.wants.clear()
+        self.soon.clear()
         while self.writing or self.num_fetching:
             self.check()
             self.changed.wait()

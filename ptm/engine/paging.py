@@ -12,6 +12,7 @@ memory nothing is traced. What is scheduled changes when pages move and never wh
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,9 +72,10 @@ class Paging:
         found = [plan.schedule for plan in self._plans.values() if plan.schedule is not None]
         return found[-1] if found else None
 
-    def border(self, kind: object) -> bool:
+    def border(self, kind: object, *, finish: Callable[[], None]) -> bool:
         """Between two steps. Steps of one kind have the same accesses in the same order.
 
+        finish: makes the updates of the step before, which would else run into a trace.
         Returns whether the step that begins is traced.
         """
         if self._tracer.is_recording:
@@ -84,12 +86,15 @@ class Paging:
             self.store.set_schedule(plan.schedule)
         self._kind = kind
         plan.num_steps += 1
+        is_traced = plan.num_steps == plan.next_trace
+        if is_traced:
+            finish()
         self.store.begin_step()
-        if plan.num_steps == plan.next_trace:
+        if is_traced:
             plan.next_trace = min(plan.next_trace * FACTOR, plan.next_trace + MOST)
             self._tracer.begin()
             self.store.trace_into(self._tracer.note)
-        return self._tracer.is_recording
+        return is_traced
 
     def _plan(self, plan: Plan) -> None:
         trace = self._tracer.end()

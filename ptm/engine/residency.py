@@ -44,10 +44,12 @@ class Move(NamedTuple):
 
 
 class Flush(NamedTuple):
-    """A page that a commit writes after the end of a step. It may not be changed and cannot leave
-    before that is done; `needed_at` is when one of the two comes up in the next step."""
+    """A page that a commit takes, and the position of its last change in the step, after which it
+    is written. It may not be changed and cannot leave before that is done; `needed_at` is when one
+    of the two comes up, from num_positions on in the next step."""
 
     page: int
+    at: int
     needed_at: int
 
 
@@ -271,22 +273,24 @@ def _after_own_eviction(
 def _dirty(
     trace: Trace, dropped: set[int], scratch: Container[int], commits: bool
 ) -> tuple[set[int], list[Flush]]:
-    """Dropped gaps whose page was written since it was fetched or committed; and the commit."""
+    """Dropped gaps whose page was changed since it was fetched or written for the commit; and what
+    is written for that."""
     found, flushes, count = set[int](), list[Flush](), trace.num_positions
     for page, used in trace.positions.items():
         ends = [index for index, position in enumerate(used) if position in dropped]
         begin = ends[-1] + 1 if ends else 0
         is_dirty, is_scratch = False, page in scratch
+        writes = [position for position in used if trace.accesses[position].is_write]
+        last = writes[-1] if commits and writes and not is_scratch else None
+        if last is not None:
+            ahead = [p + (0 if p > last else count) for p in {*writes, *(dropped & set(used))}]
+            flushes.append(Flush(page, last, last if last in dropped else min(ahead)))
         for index in [*range(begin, len(used)), *range(begin)]:
             position = used[index]
             is_dirty = is_dirty or trace.accesses[position].is_write
-            if is_scratch and index + 1 == len(used):
+            if position == last or (is_scratch and index + 1 == len(used)):
                 is_dirty = False
             if position in dropped:
                 found.update([position] if is_dirty else [])
-                is_dirty = False
-            elif commits and index + 1 == len(used) and is_dirty:
-                writes = (p for p in used if p in dropped or trace.accesses[p].is_write)
-                flushes.append(Flush(page, min(writes, default=count)))
                 is_dirty = False
     return found, flushes

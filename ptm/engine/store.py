@@ -122,10 +122,10 @@ class PageStore:
             data = self._frames.tensors[pager.frame[page]]
             follower = self._follower
             if follower is not None:
-                orders = follower.saw(page)
+                orders = follower.saw(page, getattr(self._what, "label", ""))
                 pager.position = follower.position
                 self._policy.touched(page, pager.position)
-                if orders or follower.late:
+                if orders or follower.late or pager.given_up:
                     self._issue(follower, orders)
             else:
                 self._policy.touched(page, 0)
@@ -153,8 +153,13 @@ class PageStore:
             if count == 0:
                 assert page not in pager.writers, f"page {page} was held for writing: dirty=True"
                 pager.settle(page)
-                if self._follower is not None and self._follower.late:
-                    self._issue(self._follower, ())
+                follower = self._follower
+                if follower is not None:
+                    if dirty and page in follower.over:
+                        follower.over.discard(page)
+                        pager.write_soon([page])
+                    if follower.late or pager.given_up:
+                        self._issue(follower, ())
 
     def prefetch(self, pages: Iterable[int]) -> None:
         """Start to bring `pages` in, as far as frames come free; waits for nothing."""
@@ -186,7 +191,7 @@ class PageStore:
         with self._lock:
             if self._follower is not None:
                 orders = self._follower.begin()
-                self._pager.position = -1
+                self._pager.position = self._follower.position
                 self._issue(self._follower, orders)
 
     def trace_into(self, callback: Callable[[int, bool, str, float], None] | None) -> None:
@@ -367,6 +372,9 @@ class PageStore:
         """Start what the schedule orders now, unless that costs a page which is needed sooner; what
         finds no frame is tried again at each hold and release, until the page is needed."""
         schedule, position = follower.schedule, follower.position
+        if self._pager.given_up:
+            follower.again(self._pager.given_up)
+            self._pager.given_up.clear()
         for order in follower.with_late(orders):
             needed = follower.needed(order)
             if not self._pager.prefetch(

@@ -2,11 +2,10 @@
 
 Each link carries one page at a time at its rate, the two do not disturb each other. A fetch is
 issued after the access at its `at`; a dirty page is written before its frame is read into, and
-before it is read again. Of the requests that can start, the one needed first goes first; what a
-commit writes goes when the link has nothing else. Compute waits at an access whose page is not
-there, and before it changes a page that is still to be written. The run starts as if the step
-before had brought everything in time; the third of four steps is measured, when queues have
-settled.
+before it is read again. What a commit takes is written after its last change. Of the requests that
+can start, the one needed first goes first. Compute waits at an access whose page is not there, and
+before it changes a page that is still to be written. The run starts as if the step before had
+brought everything in time; the third of four steps is measured, when queues have settled.
 
 It does not model: several requests in flight on one link, access times.
 """
@@ -45,12 +44,11 @@ class Timeline(NamedTuple):
 
 
 class _Job(NamedTuple):
-    # Ordered by need, commits last; `step` and `move` name one issue of one move, or of one page
-    # of the commit.
-    is_commit: bool
+    # Ordered by need; `step` and `move` name one issue of one move, or of one page of the commit.
     needed_at: int
     step: int
     move: int
+    is_commit: bool
     is_write: bool
 
 
@@ -81,6 +79,9 @@ class _Play:
         self.issued_at: dict[int, list[int]] = {}
         for index, move in enumerate(moves):
             self.issued_at.setdefault(move.at, []).append(index)
+        self.flushed_at: dict[int, list[int]] = {}
+        for index, flush in enumerate(flushes):
+            self.flushed_at.setdefault(flush.at, []).append(index)
         # Accesses that wait for a fetch; those of the first step have theirs from before.
         self.awaited = {move.needed_at % self.count for move in moves}
         self.arrived = {move.needed_at - self.count for move in moves}
@@ -126,14 +127,14 @@ class _Play:
         self.got_s.append(now)
         self.waited_s.append(now - asked)
         step, at = divmod(position, self.count)
-        if at == 0 and step > 0:
-            for index, flush in enumerate(self.flushes):
-                self.leaving.add(flush.page)
-                needed = flush.needed_at + step * self.count
-                self._enqueue(_Job(True, needed, step, index, True), now)
+        for index in self.flushed_at.get(at, ()):
+            flush = self.flushes[index]
+            self.leaving.add(flush.page)
+            needed = flush.needed_at + step * self.count
+            self._enqueue(_Job(needed, step, index, True, True), now)
         for index in self.issued_at.get(at, ()):
             move = self.moves[index]
-            fetch = _Job(False, move.needed_at + step * self.count, step, index, False)
+            fetch = _Job(move.needed_at + step * self.count, step, index, False, False)
             if move.is_dirty:
                 self.leaving.add(move.evicts)
                 self._enqueue(fetch._replace(is_write=True), now)
@@ -199,13 +200,13 @@ class _Play:
         for index, move in enumerate(self.moves):
             # The issue whose need falls into the measured step.
             step = _MEASURED - move.needed_at // self.count
-            fetch = _Job(False, move.needed_at + step * self.count, step, index, False)
+            fetch = _Job(move.needed_at + step * self.count, step, index, False, False)
             reads.append(transfer(move.page, fetch))
             writes.append(transfer(move.evicts, fetch._replace(is_write=True)))
         commits = []
         for index, flush in enumerate(self.flushes):
             needed = flush.needed_at + _MEASURED * self.count
-            commits.append(transfer(flush.page, _Job(True, needed, _MEASURED, index, True)))
+            commits.append(transfer(flush.page, _Job(needed, _MEASURED, index, True, True)))
         return Timeline(
             end - begin,
             [at - begin for at in self.got_s[first:next_first]],

@@ -23,6 +23,7 @@ cost one step more of work, and a resumed run is not late in its first step.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
@@ -85,7 +86,8 @@ class Exact:
         self.updater, self.undo = updater, undo
         self._guess: Decision | None = None
         self._used: set[str] = set()
-        "Units whose gradient sums a right guess has used."
+        "Units whose gradient sums a right guess has used, or will have at the end of its updates."
+        self._forgetting = threading.Lock()
         self._num_guesses = self._num_undone = 0
         self.is_likely = False
 
@@ -106,9 +108,7 @@ class Exact:
 
     def before_gather(self, unit: str) -> None:
         self.updater.wait(unit)
-        if unit in self._used:
-            self._used.discard(unit)
-            self.updater.discard(unit)
+        self._forget(self._used, unit)
 
     def weights_read(self, unit: str) -> None: ...
 
@@ -140,8 +140,21 @@ class Exact:
         scale, lr, step, _ = decision
         self.updater.submit(units, scale=scale, lr=lr, step=step, discard=discard)
 
+    def _forget(self, used: set[str], unit: str) -> None:
+        with self._forgetting:
+            if unit in used:
+                used.discard(unit)
+                self.updater.discard(unit)
+
     def then(self, job: Callable[[], None]) -> None:
-        self.updater.then(job)
+        used = self._used  # of this step: the next makes another set
+
+        def run() -> None:
+            job()
+            for unit in self.updater.names:
+                self._forget(used, unit)
+
+        self.updater.then(run)
 
     def flush(self) -> None:
         self.updater.drain()

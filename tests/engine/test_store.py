@@ -270,7 +270,7 @@ def test_a_schedule_brings_pages_before_they_are_needed(tmp_path: Path) -> None:
     store = new_store(tmp_path, num_pages=6, num_frames=3, store={"policy": NextUse()})
     for page in pages:
         fill(store, page, page)
-    store.set_schedule(Uses(pages, orders))
+    store.set_schedule(TinySchedule(pages, orders))
     for _ in range(4):
         store.begin_step()
         before = store.report()
@@ -287,7 +287,7 @@ def test_an_order_waits_until_what_it_evicts_is_released(tmp_path: Path) -> None
     store = new_store(tmp_path, num_frames=2, store={"policy": Lru()})
     for page in range(8):
         fill(store, page, page)  # 6 and 7 stay
-    store.set_schedule(Uses([7, 6, 3], [Fetch(0, 3, 2, 7)]))
+    store.set_schedule(TinySchedule([7, 6, 3], [Fetch(0, 3, 2, 7)]))
     store.begin_step()
     store.hold(7)
     time.sleep(0.1)
@@ -327,6 +327,7 @@ def test_moves_are_those_of_the_schedule(tmp_path: Path, num_frames: int) -> Non
     for _ in range(5):
         store.begin_step()
         for access in trace.accesses:
+            store.note(access.what)
             data = store.hold(access.page, write=access.is_write).view(torch.int64)
             assert int(data[0]) == values[access.page]
             if access.is_write:
@@ -351,21 +352,15 @@ def settle(store) -> None:
         pager.changed.wait_for(lambda: not (pager.num_fetching or pager.writing), timeout=10)
 
 
-class Uses(TinySchedule):
-    @property
-    def num_positions(self) -> int:
-        return len(self.accesses)
-
-
 def test_an_access_off_the_schedule_moves_nothing(tmp_path: Path) -> None:
     store = new_store(tmp_path, num_frames=8)
-    store.set_schedule(Uses([0, 1, 2], [Fetch(1, 5, 2, None)]))
+    store.set_schedule(TinySchedule([0, 1, 2, 3], [Fetch(1, 5, 2, None)]))
     store.begin_step()
     value_of(store, 0)
     value_of(store, 7)
     assert store._pager.position == 0
-    value_of(store, 2)  # early: remembered
-    assert store._pager.position == 0
+    value_of(store, 2)  # 1 is passed by
+    assert store._pager.position == 2
     value_of(store, 1)
     assert store._pager.position == 2
     store.close()

@@ -40,6 +40,7 @@ class AnyPage:
 
 class Use(NamedTuple):
     page: int
+    what: str = "forward"
 
 
 class Fetch(NamedTuple):
@@ -50,12 +51,18 @@ class Fetch(NamedTuple):
 
 
 class TinySchedule:
-    """A schedule over a list of pages with orders given by hand."""
+    """A schedule over a list of pages with orders given by hand; a page may come with what it is
+    used for."""
 
-    def __init__(self, pages: list[int], orders: list[Fetch]) -> None:
-        self.accesses = [Use(page) for page in pages]
+    def __init__(self, uses: list[int] | list[tuple[int, str]], orders: list[Fetch]) -> None:
+        self.accesses = [Use(use) if isinstance(use, int) else Use(*use) for use in uses]
         self.orders = orders
+        self.flushes: list[Any] = []
         self.trace = self
+
+    @property
+    def num_positions(self) -> int:
+        return len(self.accesses)
 
     def next_use(self, page: int, position: int) -> int:
         count = len(self.accesses)
