@@ -11,6 +11,7 @@ import torch
 
 from ptm.common.errors import OutOfPages, StorageError
 from ptm.engine.eviction import Lru, NextUse
+from ptm.engine.residency import Flush
 from ptm.engine.schedule import make_schedule
 from ptm.engine.tier import SsdTier
 from ptm.engine.trace import UnitWork, step_phases, synthetic_trace
@@ -297,6 +298,55 @@ def test_an_order_waits_until_what_it_evicts_is_released(tmp_path: Path) -> None
     assert store.report()["reads"] == 1
     misses = store.report()["misses"]
     assert value_of(store, 3) == 3 and store.report()["misses"] == misses
+    store.close()
+
+
+def test_a_prefetch_whose_wait_for_a_frame_is_in_vain_begins_anew(tmp_path: Path) -> None:
+    """It waits for page 7 to be written, and a hold takes that page back."""
+    store = new_store(tmp_path, num_frames=2, store={"policy": Lru()})
+    for page in range(8):
+        fill(store, page, page)  # 6 and 7 stay, dirty
+    store.set_schedule(TinySchedule([7, 6, 7, 6, 3], [Fetch(0, 3, 4, 7)]))
+    store.begin_step()
+    before = store.report()["reads"]
+    with store._lock:
+        threads, store._ssd.threads.submit = store._ssd.threads, lambda *job, urgent=False: None
+    store.hold(7)
+    store.release(7)  # the order of page 3 begins: 7 is to be written, by nobody
+    assert list(store._pager.wants) == [3]
+    del threads.submit
+    with store._lock:
+        store._pager.stay(7)
+        assert store._pager.given_up == {3} and not store._pager.wants
+        store._pager.writing.discard(7)
+        store._pager.settle(7)
+    store.hold(6)
+    store.release(6)
+    settle(store)
+    assert store.report()["reads"] == before + 1 and store._pager.given_up == set()
+    store.close()
+
+
+def test_what_a_commit_takes_is_written_at_its_last_change(tmp_path: Path) -> None:
+    store = new_store(tmp_path, num_frames=8, store={"policy": NextUse()})
+    schedule = TinySchedule([1, 2, 1, 3, 2], [])
+    schedule.flushes = [Flush(1, 2, 5), Flush(2, 4, 6)]
+    store.set_schedule(schedule)
+    for step in (1, 2):
+        store.begin_step()
+        before, written = store.report()["writes"], []
+        for page in (1, 2, 1, 3, 2):
+            fill(store, page, 10 * step + page)
+            settle(store)
+            written.append(store.report()["writes"] - before)
+        assert written == [0, 0, 1, 1, 2]
+        store.commit(step, {})
+        store.wait_commit()
+        assert store.report()["writes"] == before + 3  # 3 alone was left
+    fill(store, 1, 99)
+    settle(store)
+    store.undo()
+    assert [value_of(store, page) for page in (1, 2, 3)] == [21, 22, 23]
     store.close()
 
 

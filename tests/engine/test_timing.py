@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ptm.engine.config import EngineConfig, UpdateKind
+from ptm.engine.timing import Decision, Exact
 from tests.support.mesh import mesh_of_test
 from tests.support.paged import make_engine, run_steps, whole_state
 from tests.support.ranks import run_ranks
@@ -150,3 +151,43 @@ def test_lock_free_trains_and_counts_how_late_it_is():
     for losses, report in run_ranks(2, _free):
         assert all(math.isfinite(float.fromhex(loss)) for loss in losses)
         assert {"late_steps_mean", "late_steps_most", "updates_merged"} <= report.keys()
+
+
+class _Told:
+    """An updater that notes what it is told, and runs what comes after updates at once."""
+
+    names, is_inline = ("a", "b"), False
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def wait(self, unit: str) -> None: ...
+
+    def submit(self, units: list[str], **values: object) -> None:
+        self.told += [f"update {unit}" for unit in units]
+
+    def discard(self, unit: str) -> None:
+        self.told.append(f"forget {unit}")
+
+    def then(self, job) -> None:
+        job()
+
+
+@pytest.mark.parametrize("commits", [True, False])
+def test_sums_of_a_right_guess_are_forgotten_once(commits: bool) -> None:
+    """With the commit that follows its updates, or else at the next gather."""
+    updater = _Told()
+    timing = Exact(updater, lambda: None)  # type: ignore[arg-type]
+    decision = Decision(1.0, 1e-3, 1, 8.0)
+    timing.guess(decision)
+    timing.landed("b")
+    timing.landed("a")
+    timing.decided(decision)
+    assert updater.told == ["update b", "update a"]
+    if commits:
+        timing.then(lambda: updater.told.append("commit"))
+        assert updater.told[2:] == ["commit", "forget a", "forget b"]
+    for unit in updater.names:
+        timing.before_gather(unit)
+    assert updater.told[-2:] == ["forget a", "forget b"]
+    assert len(updater.told) == 4 + commits
