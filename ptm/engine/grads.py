@@ -34,6 +34,7 @@ from ptm.engine.states import PagedStates
 from ptm.engine.stream import CHUNK, Event
 from ptm.engine.timing import Timing
 from ptm.engine.weights import Gathered
+from ptm.kernels.pieces import add_pieces, add_pieces_norm, sum_pieces
 from ptm.mesh.collectives import PendingSum, scatter_sum
 from ptm.mesh.mesh import Mesh
 
@@ -261,11 +262,12 @@ class Grads:
         first, last = group.base, group.base + group.shard_numel
         middle = min(max(first, states.resident.grads * states.pages.grads.per_page), last)
         if streams.has_device:  # what moves is one piece
-            pieces_NS = _sum(pieces_NS)
+            pieces_NS = sum_pieces(pieces_NS)[None]
         with states.grads(write=True) as grads:
             for start, stop in states.ranges(first, middle, states.pages.grads, wide=True):
                 total = grads.field(torch.float32, 0, grads.move(start), stop - start)
-                _put(total, pieces_NS[:1, start - first : stop - first], done.replaces)
+                piece_1C = pieces_NS[:1, start - first : stop - first]
+                add_pieces(total, piece_1C, replaces=done.replaces)
                 if done.is_last:  # pieces as on the host
                     norms = torch._foreach_norm(  # type: ignore[reportPrivateImportUsage]
                         total.split(CHUNK), 2, dtype=torch.float64
@@ -288,10 +290,11 @@ class Grads:
             for start, stop in states.ranges(part.start, last, states.pages.grads):
                 total = grads.field(torch.float32, 0, grads.move(start), stop - start)
                 pieces_NC = part.pieces_NS[:, start - part.start : stop - part.start]
-                _put(total, pieces_NC, done.replaces)
                 if done.is_last:
-                    norm = torch.linalg.vector_norm(total, dtype=torch.float64)
+                    norm = add_pieces_norm(total, pieces_NC, replaces=done.replaces)
                     done.unit.norms.append(norm[None])
+                else:
+                    add_pieces(total, pieces_NC, replaces=done.replaces)
 
     @property
     def square(self) -> float:
@@ -332,23 +335,3 @@ class Sink:
         grads.open(unit)
         unit.put.add(name)
         return unit.part(self.group, self.slot), adds
-
-
-def _sum(pieces_NC: Tensor) -> Tensor:
-    """(1, C): the ranks' pieces added up in fp32, one after another; a single one as it is."""
-    if len(pieces_NC) == 1:
-        return pieces_NC
-    total_C = pieces_NC[0].to(torch.float32, copy=True)
-    for piece_C in pieces_NC[1:]:
-        total_C += piece_C
-    return total_C[None]
-
-
-def _put(total_C: Tensor, pieces_NC: Tensor, replaces: bool) -> None:
-    """The sum of the ranks' pieces, in rank order, over what is there or added to it."""
-    if replaces:
-        total_C.copy_(pieces_NC[0])
-        for piece_C in pieces_NC[1:]:
-            total_C += piece_C
-    else:
-        total_C += _sum(pieces_NC)[0]
