@@ -18,6 +18,7 @@ from ptm.export.config import ExportConfig, ExportFormat, Method
 from ptm.export.crew import Crew
 from ptm.export.stages import Stage
 from ptm.export.walk import Walk
+from ptm.quant.fake_quant import fake_quant
 from ptm.quant.gptq import GptqOptions, Hessian, factorize, one_thread, relative_error, solve
 from ptm.quant.grid import Grid, Quantized, round_to_nearest
 from ptm.quant.pack import Format, to_tensors
@@ -137,8 +138,7 @@ class Layer:
             weight, grid = self._weight(whole), self.grids[whole]
             solved = solve(weight, factor, grid, self.options, cross_KK=cross)
             parameter.copy_(solved.quantized.dequantize())
-            nearest = round_to_nearest(weight, grid).dequantize()
-            before = relative_error(weight, nearest, factor.mean_KK)
+            before = relative_error(weight, fake_quant(weight, grid), factor.mean_KK, solved.power)
             damping = None if solved.damping == self.options.damping else solved.damping
             found = (solved.error, before)
             self._keep(whole, solved.quantized, found, hessian.num_rows, own, damping)
