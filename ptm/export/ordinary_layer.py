@@ -110,11 +110,14 @@ def stages(
     twin: Twin | None = None,
     least_rows: int = 0,
 ) -> Generator[Stage, None, Done]:
-    """Shapes: rows are batches (B, L, D)."""
+    """Shapes: rows are batches (B, L, D). They are taken: their lists are empty afterwards, so that
+    memory does not hold them to the end."""
     sides = [layer] if twin is None else [layer, twin.layer]
     crew, shared = crew or Crew(), shared_by(rows)
     mine = crew.batches(len(rows))
     both = [rows[mine]] if twin is None else [rows[mine], twin.rows[mine]]
+    for taken in (rows, *([] if twin is None else [twin.rows])):
+        taken.clear()
 
     normed = [[s.normed("input", x) for x in xs] for s, xs in zip(sides, both)]
     yield _stage(layer, [f"self_attn.{part}_proj" for part in "qkv"], normed, shared=shared)
@@ -126,10 +129,13 @@ def stages(
         for s, xs, hs in zip(sides, both, heads)
     ]
     del heads
-    flat = [
-        [s.normed("post_attention", x).flatten(0, -2) for x in xs] for s, xs in zip(sides, both)
-    ]
-    added, counts = yield from _mlp_stages(sides, flat, least_rows, crew, shared)
+    added, counts = yield from _mlp_stages(
+        sides,
+        [[s.normed("post_attention", x).flatten(0, -2) for x in xs] for s, xs in zip(sides, both)],
+        least_rows,
+        crew,
+        shared,
+    )
     done = [crew.join([x + y.view_as(x) for x, y in zip(xs, ys)]) for xs, ys in zip(both, added)]
     return Done(done[0], done[1] if twin is not None else None, counts)
 
@@ -142,7 +148,9 @@ def _mlp_stages(
     layer, model = sides[0], sides[0].model
     plain = ("gate_proj", "up_proj", "down_proj")
     if not model.has_experts(layer.index):
-        added = yield from _swiglu(sides, "mlp.", plain, flat, shared=shared)
+        walk = _swiglu(sides, "mlp.", plain, flat, shared=shared)
+        del flat  # it goes when its last reader has read
+        added = yield from walk
         return added, torch.zeros(0, dtype=torch.int64)
     every = [crew.join(xs) for xs in flat]
     sizes, mine = [len(x) for x in every[0]], crew.batches(shared.batches)

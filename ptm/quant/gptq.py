@@ -89,8 +89,9 @@ class Hessian:
 
     def mean(self) -> Tensor:
         """(K, K) fp32, symmetric."""
-        upper = self.sum_KK.triu()
-        return (upper + upper.triu(1).t()) / max(self.num_rows, 1)
+        mean = self.sum_KK.triu()
+        mean += mean.triu(1).t()
+        return mean.div_(max(self.num_rows, 1))
 
 
 @dataclass
@@ -126,22 +127,20 @@ def factorize(hessian_KK: Tensor, options: GptqOptions = GptqOptions()) -> Facto
         raise ValueError("the inputs of a layer are not finite on the calibration text")
     diagonal = hessian_KK.diagonal()
     dead = diagonal <= 0
-    base = hessian_KK.clone()
     mean = float(diagonal.mean()) or 1.0
-    base.diagonal().add_(torch.where(dead, mean, 0.0))
-    order = torch.arange(len(diagonal), device=base.device)
+    order = torch.arange(len(diagonal), device=dead.device)
     if options.is_ordered:
         order = torch.argsort(diagonal, descending=True, stable=True)
     damping = options.damping
     while damping <= options.damping * MOST_DAMPING:
-        damped = base.clone()
-        damped.diagonal().add_(damping * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped[order][:, order])
+        damped = hessian_KK.clone()
+        damped.diagonal().add_(torch.where(dead, mean, 0.0)).add_(damping * mean)
+        found, failed = torch.linalg.cholesky_ex(damped[order][:, order])
         if not bool(failed):
-            inverse = torch.cholesky_inverse(lower)
-            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-            if not bool(failed) and bool(upper.isfinite().all()):
-                return Factor(hessian_KK, damped, order, upper, damping, dead)
+            found = torch.cholesky_inverse(found)  # one name: what is large does not stay
+            found, failed = torch.linalg.cholesky_ex(found, upper=True)
+            if not bool(failed) and bool(found.isfinite().all()):
+                return Factor(hessian_KK, damped, order, found, damping, dead)
         damping *= 10
     raise ValueError(f"no damping up to {damping / 10:g} makes the inputs' products definite")
 
