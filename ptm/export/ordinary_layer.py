@@ -27,7 +27,7 @@ from ptm.export.stages import Done, Shared, Stage, shared_by, stand_ins
 from ptm.kernels.linear import linear, widen
 from ptm.model.router import Routing
 
-CHUNK = 4096
+CHUNK = 1024
 
 
 class Layer:
@@ -76,7 +76,7 @@ class Layer:
         gate, up = (prefix + name for name in names[:2])
         found = x.new_empty(*x.shape[:-1], len(self.weights[f"{gate}.weight"]))
         for rows, out in zip(x.split(CHUNK), found.split(CHUNK)):
-            torch.mul(F.silu(self.linear(gate, rows)), self.linear(up, rows), out=out)
+            torch.mul(F.silu(self.linear(gate, rows), inplace=True), self.linear(up, rows), out=out)
         return found
 
     def route(self, x_TD: Tensor) -> Routing:
