@@ -24,7 +24,7 @@ from ptm.checkpoint.source import TensorSource
 from ptm.export.crew import Crew
 from ptm.export.ordinary_config import Ordinary
 from ptm.export.stages import Done, Shared, Stage, shared_by, stand_ins
-from ptm.kernels.linear import linear, widen
+from ptm.kernels.linear import is_widened, linear, widen
 from ptm.model.router import Routing
 
 CHUNK = 1024
@@ -48,8 +48,10 @@ class Layer:
         return self.norm(f"{name}_layernorm", x)
 
     def linear(self, name: str, x: Tensor) -> Tensor:
-        """Some rows at a time, as products of bf16 may be made in fp32."""
+        """Some rows at a time where products of bf16 are made in fp32."""
         weight, bias = self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias")
+        if not is_widened(x):
+            return F.linear(x, weight, bias)
         found = x.new_empty(*x.shape[:-1], len(weight))
         for rows, out in zip(x.flatten(0, -2).split(CHUNK), found.flatten(0, -2).split(CHUNK)):
             out.copy_(linear(rows, weight, bias))
