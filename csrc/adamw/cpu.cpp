@@ -9,7 +9,7 @@
 // in fp64, whose second rounding can differ.
 #include <type_traits>
 
-#include "../common/vec.h"
+#include "../common/kept.h"
 
 namespace PTM_NAMESPACE {
 
@@ -20,14 +20,6 @@ constexpr int64_t GRAIN = 1 << 14;  // of a part, in elements
 constexpr int64_t TORCH_LANES = 8;
 typedef double vd __attribute__((vector_size(8 * W)));
 
-PTM_INLINE vf kept(vf x) {
-#if defined(__x86_64__)
-  asm("" : "+v"(x));
-#elif defined(__aarch64__)
-  asm("" : "+w"(x));
-#endif
-  return x;
-}
 PTM_INLINE vf fused(vf a, vf b, vf c) {  // a * b + c, rounded once
 #if PTM_ISA_AVX512
   return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);

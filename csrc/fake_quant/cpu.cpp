@@ -6,12 +6,11 @@
 //
 // Every step is the reference's, in its order and in fp32 (a true division, ties to even, a scale
 // rounded to fp16), so the bits are the same on every instruction set.
-#include "../common/vec.h"
+#include "../common/grid.h"
 
 namespace PTM_NAMESPACE {
 
-constexpr int64_t GRAIN = 1 << 15;                // weights
-constexpr float SHIFT = 12582912.0f;              // 1.5 * 2^23: adding it rounds to a whole number
+constexpr int64_t GRAIN = 1 << 15;  // weights
 
 // Round to nearest fp16, ties to even, and back. Takes finite numbers; too large ones are infinite.
 inline float as_half(float x) {
@@ -32,72 +31,32 @@ inline float as_half(float x) {
   return sign ? -size : size;
 }
 
-PTM_INLINE vf nearest(vf x) { return (x + SHIFT) - SHIFT; }
-
-struct Integers {
-  float most;  // the largest code
+// Grids that make the scale of a group from its least and its largest weight, 0 among them.
+struct OfIntegers : Integers {
   bool symmetric;
 
-  float largest() const { return most / 2; }
-
-  struct Group {
-    vf divisor, scale, zero, most;
-
-    PTM_INLINE vf operator()(vf w) const {
-      vf code = nearest(w / divisor) + zero;
-      return scale * (vmin(most, vmax(splat(0), code)) - zero);
-    }
-  };
-
-  Group with(float scale, float low) const {
+  float span(float low, float high) const {
+    return symmetric ? (-low > high ? -low : high) / (most / 2) : (high - low) / most;
+  }
+  Group of(float scale, float low) const {
     float zero = (most + 1) / 2;
     if (!symmetric) {
       volatile float shifted = scale > 0 ? -low / scale + SHIFT : SHIFT;
       zero = shifted - SHIFT;
       zero = zero < 0 ? 0 : zero > most ? most : zero;
     }
-    return {splat(scale != 0 ? scale : __builtin_inff()), splat(scale), splat(zero), splat(most)};
+    return with(splat(scale), splat(zero));
   }
 };
 
-// Sign, 5 - M bits of exponent, M of mantissa: values of a binade are whole multiples of a step.
-struct Floats {
-  int mantissa;
-
-  int bias() const { return (1 << (4 - mantissa)) - 1; }
-  int top() const { return (1 << (5 - mantissa)) - 1 - bias(); }  // exponent of the last binade
-  float largest() const {
-    const float two = float(1 << mantissa);
-    return (2 * two - 1) / two * float(1 << top());
-  }
-
-  struct Group {
-    vf divisor, scale, largest;
-    int mantissa, lowest, top;
-
-    PTM_INLINE vf operator()(vf w) const {
-      vf ratio = w / divisor;
-      vf size = (vf)((vu)ratio & 0x7fffffffu);
-      const vi bound = vi{} + lowest, last = vi{} + top;
-      vi binade = ((vi)size >> 23) - 127;
-      binade = binade < bound ? bound : binade;
-      binade = binade > last ? last : binade;
-      vf steps = nearest(size * (vf)((mantissa - binade + 127) << 23));
-      vf value = vmin(largest, steps * (vf)((binade - mantissa + 127) << 23));
-      vu sign = value > splat(0) ? (vu)ratio & 0x80000000u : vu{};
-      return scale * (vf)((vu)value | sign);
-    }
-  };
-
-  Group with(float scale, float) const {
-    return {splat(scale != 0 ? scale : __builtin_inff()), splat(scale), splat(largest()),
-            mantissa, 1 - bias(), top()};
-  }
+struct OfFloats : Floats {
+  float span(float low, float high) const { return (-low > high ? -low : high) / largest(); }
+  Group of(float scale, float) const { return with(splat(scale), splat(0)); }
 };
 
 // Returns whether all weights are finite and their scales too.
 template <class T, class Grid>
-bool group_on_grid(const T* w, T* out, int64_t n, const Grid& grid, bool symmetric, float most) {
+bool group_on_grid(const T* w, T* out, int64_t n, const Grid& grid) {
   vf low = splat(0), high = splat(0);
   vu wild{};
   for_lanes(n, [&](int64_t i, auto lanes) {
@@ -109,23 +68,22 @@ bool group_on_grid(const T* w, T* out, int64_t n, const Grid& grid, bool symmetr
   for (int i = 0; i < W; i++)
     if (wild[i]) return false;
   const float down = least(low), up = largest(high);
-  const float span = symmetric ? (-down > up ? -down : up) / grid.largest() : (up - down) / most;
-  const float scale = as_half(span);
+  const float scale = as_half(grid.span(down, up));
   if (!(scale < __builtin_inff())) return false;
-  const auto on = grid.with(scale, down);
+  const auto on = grid.of(scale, down);
   for_lanes(n, [&](int64_t i, auto lanes) { store(out + i, on(load(w + i, lanes)), lanes); });
   return true;
 }
 
 template <class T, class Grid>
 void on_grid(const T* w, T* out, int64_t N, int64_t K, int64_t group, const Grid& grid,
-             bool symmetric, float most, int32_t* is_wild, int64_t threads) {
+             int32_t* is_wild, int64_t threads) {
   const int64_t size = group ? group : K, rows = GRAIN / (K ? K : 1);
   parallel_for(N, rows > 1 ? rows : 1, threads, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; n++)
       for (int64_t k = 0; k < K; k += size) {
         const int64_t count = K - k < size ? K - k : size;
-        if (!group_on_grid(w + n * K + k, out + n * K + k, count, grid, symmetric, most))
+        if (!group_on_grid(w + n * K + k, out + n * K + k, count, grid))
           __atomic_store_n(is_wild, 1, __ATOMIC_RELAXED);
       }
   });
@@ -137,11 +95,11 @@ int fake_quant(const T* w, T* out, int64_t N, int64_t K, int64_t group, int64_t 
   *is_wild = 0;
   if (bits == 4 || bits == 8) {
     const float most = float((1 << bits) - 1);
-    on_grid(w, out, N, K, group, Integers{most, symmetric}, symmetric, most, is_wild, threads);
+    on_grid(w, out, N, K, group, OfIntegers{{most}, symmetric}, is_wild, threads);
     return PTM_OK;
   }
   if (bits != 6 || mantissa < 2 || mantissa > 3 || !symmetric) return PTM_BAD_SHAPE;
-  on_grid(w, out, N, K, group, Floats{int(mantissa)}, true, 0.0f, is_wild, threads);
+  on_grid(w, out, N, K, group, OfFloats{{int(mantissa)}}, is_wild, threads);
   return PTM_OK;
 }
 

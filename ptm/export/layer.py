@@ -18,6 +18,7 @@ from ptm.export.config import ExportConfig, ExportFormat, Method
 from ptm.export.crew import Crew
 from ptm.export.stages import Stage
 from ptm.export.walk import Walk
+from ptm.quant.fake_quant import fake_quant
 from ptm.quant.gptq import GptqOptions, Hessian, factorize, one_thread, relative_error, solve
 from ptm.quant.grid import Grid, Quantized, round_to_nearest
 from ptm.quant.pack import Format, to_tensors
@@ -110,25 +111,31 @@ class Layer:
         if not wanted:
             return
         num_inputs = next(iter(wanted.values())).shape[1]
-        hessian, cross = self._hessian(stage, num_inputs), self._cross(stage, num_inputs)
+        mean, num_rows = self._mean(stage, num_inputs)
+        cross = self._cross(stage, num_inputs)
         mine = wanted
         if stage.shared is not None:
             names = [name for i, name in enumerate(wanted) if self.crew.is_mine(i)]
             mine = {name: wanted[name] for name in names}
-        self._solve(mine, hessian, cross, stage.own_rows)
+        self._solve(mine, mean, num_rows, cross, stage.own_rows)
         if stage.shared is not None:
             for name, weight in self.crew.exchange(mine).items():
                 if name not in mine:
                     wanted[name].copy_(weight)
 
     def _solve(
-        self, linears: dict[str, Tensor], hessian: Hessian, cross: Tensor | None, own: int | None
+        self,
+        linears: dict[str, Tensor],
+        mean_KK: Tensor,
+        num_rows: int,
+        cross: Tensor | None,
+        own: int | None,
     ) -> None:
         """Codes for linears that read the same; their weights become what the codes say."""
         if not linears:
             return
         try:
-            factor = factorize(hessian.mean(), self.options)
+            factor = factorize(mean_KK, self.options)
         except ValueError as error:
             name = self.prefix + next(iter(linears))
             raise CheckpointError(line("linear", name, f"{error}", "look at the model")) from None
@@ -137,13 +144,14 @@ class Layer:
             weight, grid = self._weight(whole), self.grids[whole]
             solved = solve(weight, factor, grid, self.options, cross_KK=cross)
             parameter.copy_(solved.quantized.dequantize())
-            nearest = round_to_nearest(weight, grid).dequantize()
-            before = relative_error(weight, nearest, factor.mean_KK)
+            before = relative_error(weight, fake_quant(weight, grid), factor.mean_KK, solved.power)
             damping = None if solved.damping == self.options.damping else solved.damping
             found = (solved.error, before)
-            self._keep(whole, solved.quantized, found, hessian.num_rows, own, damping)
+            self._keep(whole, solved.quantized, found, num_rows, own, damping)
 
-    def _hessian(self, stage: Stage, num_inputs: int) -> Hessian:
+    def _mean(self, stage: Stage, num_inputs: int) -> tuple[Tensor, int]:
+        """Of the products of all inputs, and how many rows there are."""
+
         def part(batches: slice) -> Hessian:
             found = Hessian(num_inputs)
             for x in stage.inputs[batches]:
@@ -151,11 +159,12 @@ class Layer:
             return found
 
         if stage.shared is None:
-            return part(slice(None))
-        whole = Hessian(num_inputs)
-        whole.sum_KK = self.crew.sum(stage.shared.batches, lambda batches: part(batches).sum_KK)
-        whole.num_rows = stage.shared.rows
-        return whole
+            whole = part(slice(None))
+        else:
+            whole = Hessian(num_inputs)
+            whole.sum_KK = self.crew.sum(stage.shared.batches, lambda batches: part(batches).sum_KK)
+            whole.num_rows = stage.shared.rows
+        return whole.mean(), whole.num_rows
 
     def _cross(self, stage: Stage, num_inputs: int) -> Tensor | None:
         """Mean of (wanted - input) input^T, for GPTAQ."""

@@ -24,10 +24,10 @@ from ptm.checkpoint.source import TensorSource
 from ptm.export.crew import Crew
 from ptm.export.ordinary_config import Ordinary
 from ptm.export.stages import Done, Shared, Stage, shared_by, stand_ins
-from ptm.kernels.linear import linear, widen
+from ptm.kernels.linear import is_widened, linear, widen
 from ptm.model.router import Routing
 
-CHUNK = 4096
+CHUNK = 1024
 
 
 class Layer:
@@ -48,8 +48,10 @@ class Layer:
         return self.norm(f"{name}_layernorm", x)
 
     def linear(self, name: str, x: Tensor) -> Tensor:
-        """Some rows at a time, as products of bf16 may be made in fp32."""
+        """Some rows at a time where products of bf16 are made in fp32."""
         weight, bias = self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias")
+        if not is_widened(x):
+            return F.linear(x, weight, bias)
         found = x.new_empty(*x.shape[:-1], len(weight))
         for rows, out in zip(x.flatten(0, -2).split(CHUNK), found.flatten(0, -2).split(CHUNK)):
             out.copy_(linear(rows, weight, bias))
@@ -76,7 +78,7 @@ class Layer:
         gate, up = (prefix + name for name in names[:2])
         found = x.new_empty(*x.shape[:-1], len(self.weights[f"{gate}.weight"]))
         for rows, out in zip(x.split(CHUNK), found.split(CHUNK)):
-            torch.mul(F.silu(self.linear(gate, rows)), self.linear(up, rows), out=out)
+            torch.mul(F.silu(self.linear(gate, rows), inplace=True), self.linear(up, rows), out=out)
         return found
 
     def route(self, x_TD: Tensor) -> Routing:
@@ -110,11 +112,14 @@ def stages(
     twin: Twin | None = None,
     least_rows: int = 0,
 ) -> Generator[Stage, None, Done]:
-    """Shapes: rows are batches (B, L, D)."""
+    """Shapes: rows are batches (B, L, D). They are taken: their lists are empty afterwards, so that
+    memory does not hold them to the end."""
     sides = [layer] if twin is None else [layer, twin.layer]
     crew, shared = crew or Crew(), shared_by(rows)
     mine = crew.batches(len(rows))
     both = [rows[mine]] if twin is None else [rows[mine], twin.rows[mine]]
+    for taken in (rows, *([] if twin is None else [twin.rows])):
+        taken.clear()
 
     normed = [[s.normed("input", x) for x in xs] for s, xs in zip(sides, both)]
     yield _stage(layer, [f"self_attn.{part}_proj" for part in "qkv"], normed, shared=shared)
@@ -126,10 +131,13 @@ def stages(
         for s, xs, hs in zip(sides, both, heads)
     ]
     del heads
-    flat = [
-        [s.normed("post_attention", x).flatten(0, -2) for x in xs] for s, xs in zip(sides, both)
-    ]
-    added, counts = yield from _mlp_stages(sides, flat, least_rows, crew, shared)
+    added, counts = yield from _mlp_stages(
+        sides,
+        [[s.normed("post_attention", x).flatten(0, -2) for x in xs] for s, xs in zip(sides, both)],
+        least_rows,
+        crew,
+        shared,
+    )
     done = [crew.join([x + y.view_as(x) for x, y in zip(xs, ys)]) for xs, ys in zip(both, added)]
     return Done(done[0], done[1] if twin is not None else None, counts)
 
@@ -142,7 +150,9 @@ def _mlp_stages(
     layer, model = sides[0], sides[0].model
     plain = ("gate_proj", "up_proj", "down_proj")
     if not model.has_experts(layer.index):
-        added = yield from _swiglu(sides, "mlp.", plain, flat, shared=shared)
+        walk = _swiglu(sides, "mlp.", plain, flat, shared=shared)
+        del flat  # it goes when its last reader has read
+        added = yield from walk
         return added, torch.zeros(0, dtype=torch.int64)
     every = [crew.join(xs) for xs in flat]
     sizes, mine = [len(x) for x in every[0]], crew.batches(shared.batches)

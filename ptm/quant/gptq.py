@@ -20,7 +20,7 @@ Inputs that were always zero keep the nearest code: they cost nothing on calibra
 elsewhere the weight is still the best guess. Everything is fp32 on one device; only the upper half
 of H is summed, in strips of 256 inputs. H and its factors are made on one thread: torch's sums over
 rows, products X^T X and Cholesky factors have other bits on another number of threads, and codes
-shall not.
+shall not. Within a block kernels serve 2, 3 and 4 (csrc/gptq), to the bits of the torch here.
 
 Source: GPTQ, arXiv 2210.17323; GPTAQ, arXiv 2504.02692. Tried and left out: docs/log.md.
 """
@@ -34,6 +34,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ptm.kernels import gptq as kernels
 from ptm.kernels.linear import widen
 from ptm.quant.grid import Grid, Quantized, divisor_of
 
@@ -88,8 +89,9 @@ class Hessian:
 
     def mean(self) -> Tensor:
         """(K, K) fp32, symmetric."""
-        upper = self.sum_KK.triu()
-        return (upper + upper.triu(1).t()) / max(self.num_rows, 1)
+        mean = self.sum_KK.triu()
+        mean += mean.triu(1).t()
+        return mean.div_(max(self.num_rows, 1))
 
 
 @dataclass
@@ -111,6 +113,8 @@ class Solved:
 
     quantized: Quantized
     error: float
+    power: float
+    "Of the outputs: ||W X||^2 / T."
     damping: float
     num_dead: int
     notes: list[str] = field(default_factory=list)
@@ -123,22 +127,20 @@ def factorize(hessian_KK: Tensor, options: GptqOptions = GptqOptions()) -> Facto
         raise ValueError("the inputs of a layer are not finite on the calibration text")
     diagonal = hessian_KK.diagonal()
     dead = diagonal <= 0
-    base = hessian_KK.clone()
     mean = float(diagonal.mean()) or 1.0
-    base.diagonal().add_(torch.where(dead, mean, 0.0))
-    order = torch.arange(len(diagonal), device=base.device)
+    order = torch.arange(len(diagonal), device=dead.device)
     if options.is_ordered:
         order = torch.argsort(diagonal, descending=True, stable=True)
     damping = options.damping
     while damping <= options.damping * MOST_DAMPING:
-        damped = base.clone()
-        damped.diagonal().add_(damping * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped[order][:, order])
+        damped = hessian_KK.clone()
+        damped.diagonal().add_(torch.where(dead, mean, 0.0)).add_(damping * mean)
+        found, failed = torch.linalg.cholesky_ex(damped[order][:, order])
         if not bool(failed):
-            inverse = torch.cholesky_inverse(lower)
-            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-            if not bool(failed) and bool(upper.isfinite().all()):
-                return Factor(hessian_KK, damped, order, upper, damping, dead)
+            found = torch.cholesky_inverse(found)  # one name: what is large does not stay
+            found, failed = torch.linalg.cholesky_ex(found, upper=True)
+            if not bool(failed) and bool(found.isfinite().all()):
+                return Factor(hessian_KK, damped, order, found, damping, dead)
         damping *= 10
     raise ValueError(f"no damping up to {damping / 10:g} makes the inputs' products definite")
 
@@ -172,21 +174,35 @@ def solve(
     if bool(dead.any()):
         codes[:, dead] = columns.codes(w)[:, dead]
     quantized = Quantized(grid, codes, columns.scale_NG, zero)
+    whole = power(w, factor.mean_KK)
     return Solved(
         quantized,
-        relative_error(w, quantized.dequantize(), factor.mean_KK),
+        relative_error(w, quantized.dequantize(), factor.mean_KK, whole),
+        whole,
         factor.damping,
         int(dead.sum()),
     )
 
 
 @one_thread()
-def relative_error(w_NK: Tensor, near_NK: Tensor, hessian_KK: Tensor) -> float:
-    """||(W - V) X||^2 / ||W X||^2 of inputs with this second moment; 0 where there is no output."""
-    gap = (near_NK - w_NK).float()
-    lost = ((gap @ hessian_KK) * gap).sum(dtype=torch.float64)
-    whole = ((w_NK.float() @ hessian_KK) * w_NK).sum(dtype=torch.float64)
-    return float(lost / whole) if float(whole) > 0 else 0.0
+def power(x_NK: Tensor, hessian_KK: Tensor) -> float:
+    """||x X||^2 / T of inputs with this second moment, trace(x H x^T): H is symmetric, so in strips
+    of its lower half."""
+    total, x_NK = 0.0, x_NK.float()
+    for i in range(0, len(hessian_KK), STRIP):
+        strip = hessian_KK[i:, i : i + STRIP].clone()
+        strip[STRIP:] *= 2
+        total += float(((x_NK[:, i:] @ strip) * x_NK[:, i : i + STRIP]).sum(dtype=torch.float64))
+    return total
+
+
+def relative_error(
+    w_NK: Tensor, near_NK: Tensor, hessian_KK: Tensor, whole: float | None = None
+) -> float:
+    """||(W - V) X||^2 / ||W X||^2 of inputs with this second moment; 0 where there is no output.
+    whole: `power` of W, where that is known."""
+    whole = power(w_NK, hessian_KK) if whole is None else whole
+    return power(near_NK - w_NK, hessian_KK) / whole if whole > 0 else 0.0
 
 
 class _Columns:
@@ -198,12 +214,45 @@ class _Columns:
         self.scale_NG, self.zero_NG = scale_NG.clone(), zero_NG
         self.scale_GN = scale_NG.t().float().contiguous()
         self.divisor_GN = divisor_of(self.scale_GN)
-        middle = [float(grid.middle)] * len(self.scale_GN)
-        self.zero_GN = middle if zero_NG is None else zero_NG.t().float().contiguous()
+        self.zero_GN = None if zero_NG is None else zero_NG.t().float().contiguous()
+        self.spec = grid.kernel_spec(num_inputs)
 
     def nearest(self, w_N: Tensor, k: int) -> Tensor:
         g = k // self.size
-        return self.grid.nearest(w_N, self.scale_GN[g], self.divisor_GN[g], self.zero_GN[g])
+        zero = float(self.grid.middle) if self.zero_GN is None else self.zero_GN[g]
+        return self.grid.nearest(w_N, self.scale_GN[g], self.divisor_GN[g], zero)
+
+    def sweep(self, w_BN: Tensor, upper_BB: Tensor, order_B: Tensor, near_KN: Tensor) -> Tensor:
+        """Codes of the inputs order (B,), one after another. Modifies: their rows of near, and w.
+        Returns what each was off by over U[i, i], (B, N)."""
+        if kernels.serves(w_BN):
+            grid = self.scale_GN, self.zero_GN, self.spec
+            return kernels.sweep(w_BN, upper_BB, order_B, near_KN, *grid)
+        errors, roots = torch.empty_like(w_BN), upper_BB.diagonal().tolist()
+        for i, k in enumerate(order_B.tolist()):
+            near = near_KN[k] = self.nearest(w_BN[i], k)
+            error = torch.sub(w_BN[i], near, out=errors[i]).div_(roots[i])
+            w_BN[i + 1 :] -= torch.outer(upper_BB[i, i + 1 :], error)
+        return errors
+
+    def descend(
+        self, slope_BN: Tensor, hessian_BB: Tensor, dead_B: Tensor, near_BN: Tensor, start: int
+    ) -> bool:
+        """The best codes of the inputs from `start` on, one after another. Modifies: near, and
+        slope for what moved. Returns whether any did."""
+        if kernels.serves(slope_BN):
+            grid = self.scale_GN, self.zero_GN, self.spec
+            return kernels.descend(slope_BN, hessian_BB, dead_B, near_BN, start, *grid)
+        curves, num_moved = hessian_BB.diagonal().tolist(), 0
+        for i, is_dead in enumerate(dead_B.tolist()):
+            if is_dead:
+                continue
+            near = self.nearest(slope_BN[i].div(curves[i]).add_(near_BN[i]), start + i)
+            change = near - near_BN[i]
+            num_moved += int(change.count_nonzero())
+            near_BN[i] = near
+            slope_BN -= torch.outer(hessian_BB[:, i], change)
+        return num_moved > 0
 
     def codes(self, near_NK: Tensor) -> Tensor:
         """Of weights that lie on the grid."""
@@ -217,9 +266,9 @@ class _Columns:
 
     def rescale(
         self, group: int, near_KN: Tensor, slope_KN: Tensor, block: slice, factor: Factor
-    ) -> int:
+    ) -> bool:
         """The best scales of a group for its codes, rounded as they are stored; modifies near, and
-        slope within the block. Returns how many moved.
+        slope within the block. Returns whether any moved.
 
         In a scale s of near = s u the loss is a parabola too: its lowest point is at
         s + u slope / (u H u^T), and rounding takes the stored number that is nearest to it.
@@ -239,25 +288,20 @@ class _Columns:
         change = unit * self.scale_GN[group] - near_KN[of]
         near_KN[of] += change
         slope_KN[block] -= factor.damped_KK[block, of] @ change
-        return int((self.scale_GN[group] != scale).sum())
+        return bool((self.scale_GN[group] != scale).any())
 
 
 def _sweep(target_NK: Tensor, factor: Factor, columns: _Columns) -> Tensor:
     """Weights on the grid, (K, N): step 3 of this file's docstring. Inputs are rows, to lie one by
     one."""
-    order = factor.order_K.tolist()
-    w_KN = target_NK.t()[factor.order_K].contiguous()
-    upper = factor.upper_KK
-    near_KN = torch.empty_like(w_KN)
-    roots = upper.diagonal().tolist()
-    for start in range(0, len(order), BLOCK):
-        stop = min(start + BLOCK, len(order))
-        errors = torch.empty_like(w_KN[start:stop])
-        for i in range(start, stop):
-            near = near_KN[order[i]] = columns.nearest(w_KN[i], order[i])
-            error = torch.sub(w_KN[i], near, out=errors[i - start]).div_(roots[i])
-            w_KN[i + 1 : stop].addr_(upper[i, i + 1 : stop], error, alpha=-1)
-        w_KN[stop:].addmm_(upper[start:stop, stop:].t(), errors, alpha=-1)
+    order, upper = factor.order_K, factor.upper_KK
+    w_KN = target_NK.t()[order].contiguous()
+    near_KN, K = torch.empty_like(w_KN), len(order)
+    for start in range(0, K, BLOCK):
+        stop = min(start + BLOCK, K)
+        block = slice(start, stop)
+        errors = columns.sweep(w_KN[block], upper[block, block], order[block], near_KN)
+        w_KN[stop:].addmm_(upper[block, stop:].t(), errors, alpha=-1)
     return near_KN
 
 
@@ -270,27 +314,23 @@ def _descend(
     to its lowest point, v + gradient / H[k, k]. The scales of a block's groups follow its codes, in
     all passes but the last.
     """
-    hessian, dead = factor.damped_KK, factor.dead_K.tolist()
+    hessian, dead = factor.damped_KK, factor.dead_K
     slope_KN = hessian @ (target_NK.t() - near_KN)
-    curves, K = hessian.diagonal().tolist(), len(near_KN)
+    K = len(near_KN)
     for left in reversed(range(passes)):
-        num_moved = 0
+        has_moved = False
         for start in range(0, K, BLOCK):
             stop = min(start + BLOCK, K)
             block = slice(start, stop)
-            before = near_KN[block].clone()
-            for k in range(start, stop):
-                if dead[k]:
-                    continue
-                near = columns.nearest(slope_KN[k].div(curves[k]).add_(near_KN[k]), k)
-                change = near - near_KN[k]
-                num_moved += int(change.count_nonzero())
-                near_KN[k] = near
-                slope_KN[block].addr_(hessian[block, k], change, alpha=-1)
+            near_BN, slope_BN = near_KN[block], slope_KN[block]
+            before = near_BN.clone()
+            has_moved |= columns.descend(
+                slope_BN, hessian[block, block], dead[block], near_BN, start
+            )
             for group in columns.groups(start, stop) if left else ():
-                num_moved += columns.rescale(group, near_KN, slope_KN, block, factor)
-            changes = near_KN[block] - before
-            for rest in (slice(start), slice(stop, K)):
+                has_moved |= columns.rescale(group, near_KN, slope_KN, block, factor)
+            changes = near_BN - before
+            for rest in (slice(start if left else 0), slice(stop, K)):  # nobody asks those again
                 slope_KN[rest].addmm_(hessian[rest, block], changes, alpha=-1)
-        if not num_moved:
+        if not has_moved:
             break

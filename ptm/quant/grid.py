@@ -20,12 +20,14 @@ Source of the 6-bit grids: FP6-LLM, arXiv 2401.14112; of the integer ones: GPTQ,
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ptm.common.config import Choice
+from ptm.kernels import gptq as kernels
 from ptm.kernels.fake_quant import NOT_FINITE
 
 
@@ -41,6 +43,8 @@ _SHRINK = {GridKind.int4: 0.5, GridKind.int8: 0.9, GridKind.fp6_e3m2: 0.5, GridK
 """The least part of the plain scale that is tried where a better one is searched."""
 _FP6 = {GridKind.fp6_e3m2: (3, 2, 3), GridKind.fp6_e2m3: (2, 3, 1)}
 """Bits of exponent and mantissa, bias."""
+LANES = 16
+"""Of the sums of `Grid.errors`."""
 
 
 @dataclass(frozen=True)
@@ -162,26 +166,54 @@ class Grid:
         best_zero = self._zero_points(low, best)
         if num_candidates < 1:
             return best, best_zero
-        weight = self._grouped(
-            (importance_K if importance_K is not None else w_NK.new_ones(1).expand(w_NK.shape[1]))
-            .float()
-            .reshape(1, -1)
-        )
-        least = self._error(grouped, weight, best, best_zero)
         top = self.largest / (self.middle - 1) if self.is_int and self.is_symmetric else 1.0
         shrinks = torch.linspace(top, _SHRINK[self.kind], num_candidates).tolist()
         if self.kind is GridKind.int4 and self.is_symmetric:
             shrinks += [-shrink for shrink in shrinks]
-        for shrink in shrinks:
-            scale = self._stored(span * shrink)
-            zero = self._zero_points(low * shrink, scale)
-            error = self._error(grouped, weight, scale, zero)
+        tried = [best, *(self._stored(span * shrink) for shrink in shrinks)]
+        zeros = [self._zero_points(low * s, scale) for s, scale in zip((1.0, *shrinks), tried)]
+        errors = self.errors(w_NK, importance_K, tried, zeros)
+        least = errors[0]
+        for error, scale, zero in zip(errors[1:], tried[1:], zeros[1:]):
             is_better = error < least
             least = torch.where(is_better, error, least)
             best = torch.where(is_better, scale, best)
             if zero is not None and best_zero is not None:
                 best_zero = torch.where(is_better, zero, best_zero)
         return best, best_zero
+
+    def errors(
+        self,
+        w_NK: Tensor,
+        importance_K: Tensor | None,
+        scales_NG: Sequence[Tensor],
+        zeros_NG: Sequence[Tensor | None],
+    ) -> Tensor:
+        """Squared error of each group with each of C scales, each input weighted, (C, N, G).
+
+        A sum has LANES parts, to which values go in turn, and these are added by halves: an order
+        that kernels of any width can keep.
+        """
+        w_NK = w_NK.float()
+        K = w_NK.shape[1]
+        importance_K = w_NK.new_ones(K) if importance_K is None else importance_K.float()
+        if kernels.serves(w_NK, importance_K):
+            zeros = [zero.float() for zero in zeros_NG if zero is not None]
+            return kernels.errors(
+                w_NK.contiguous(),
+                importance_K.contiguous(),
+                torch.stack([scale.float() for scale in scales_NG]),
+                torch.stack(zeros) if zeros else None,
+                self.kernel_spec(K),
+            )
+        grouped, weight = self._grouped(w_NK), self._grouped(importance_K.view(1, K))
+        return torch.stack(
+            [self._error(grouped, weight, *each) for each in zip(scales_NG, zeros_NG)]
+        )
+
+    def kernel_spec(self, num_inputs: int) -> kernels.GridSpec:
+        mantissa = 0 if self.is_int else self.mantissa_bits
+        return kernels.GridSpec(self.bits, mantissa, self.group or num_inputs)
 
     def _stored(self, scale: Tensor) -> Tensor:
         return scale.to(self.scale_dtype)
@@ -202,13 +234,8 @@ class Grid:
         divisor = divisor_of(scale)
         zero = float(self.middle) if zero_NG is None else zero_NG.reshape(N * G, 1).float()
         near = self.nearest(grouped_NGk.reshape(N * G, k), scale, divisor, zero)
-        return (
-            near.sub_(grouped_NGk.reshape(N * G, k))
-            .square_()
-            .view(N, G, k)
-            .mul_(weight_1Gk)
-            .sum(-1)
-        )
+        near.sub_(grouped_NGk.reshape(N * G, k)).square_()
+        return _sum(near.view(N, G, k).mul_(weight_1Gk))
 
     def _grouped(self, w_NK: Tensor) -> Tensor:
         """(N, G, group), with zeros behind the last input: they change no largest, no error."""
@@ -258,6 +285,17 @@ def round_to_nearest(w_NK: Tensor, grid: Grid) -> Quantized:
     """The plain quantization of a weight, without data."""
     scale, zero = grid.scales(w_NK)
     return Quantized(grid, grid.encode(w_NK, scale, zero), scale, zero)
+
+
+def _sum(x: Tensor) -> Tensor:
+    """Over the last axis, in the order of `Grid.errors`."""
+    parts = torch.nn.functional.pad(x, (0, -x.shape[-1] % LANES)).unflatten(-1, (-1, LANES))
+    total = parts[..., 0, :].clone()
+    for i in range(1, parts.shape[-2]):
+        total += parts[..., i, :]
+    while (half := total.shape[-1] // 2) > 0:
+        total = total[..., :half] + total[..., half:]
+    return total[..., 0]
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from ptm.common import env
 from tests.support.native import needs_library
 
 ROOT = Path(__file__).resolve().parents[2]
-WATCHED = ["rmsnorm", "rope", "router", "adamw", "add_pieces", "fake_quant"]
+WATCHED = ["rmsnorm", "rope", "router", "adamw", "add_pieces", "fake_quant", "gptq"]
 
 BUILD = """
 import sys
