@@ -1,4 +1,5 @@
-"""Cases of `ptm bench kernels` for ops on rows: norm, rotary positions, router, grids."""
+"""Cases of `ptm bench kernels` for ops on rows: norm, rotary positions, router, grids,
+gradients."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ptm.bench.kernel_case import Case, Run, ours
+from ptm.kernels.pieces import add_pieces_norm
 from ptm.kernels.rmsnorm import add_rms_norm, rms_norm_reference
 from ptm.kernels.rope import rope_angles, rope_reference
 from ptm.kernels.rope import rope_qk as turn
@@ -125,6 +127,37 @@ def fake_quant_cases() -> Iterator[Case]:
             runs,
             lambda w=w, grid=grid: [on_grid(w, grid).dequantize().double().view(w.shape)],
             2 * w.numel() * dtype.itemsize,
+        )
+
+
+def add_pieces_cases() -> Iterator[Case]:
+    """16 M elements from one and from two ranks, 65,536 at a time as the engine has them."""
+    chunk, count = 1 << 16, 256
+    for num_ranks in (1, 2):
+        pieces = _random(num_ranks, count * chunk, dtype=torch.bfloat16).detach()
+        parts = pieces.split(chunk, 1)
+
+        def put(parts: Sequence[Tensor] = parts) -> Sequence[Tensor]:
+            total = torch.empty(count, chunk)
+            norms = [add_pieces_norm(t, p, replaces=True) for t, p in zip(total, parts)]
+            return [total, torch.stack(norms)]
+
+        def torchs(parts: Sequence[Tensor] = parts) -> Sequence[Tensor]:
+            total = torch.empty(count, chunk)
+            for t, p in zip(total, parts):
+                torch.sum(p, 0, dtype=torch.float32, out=t)
+            return [total, torch.linalg.vector_norm(total, dim=1, dtype=torch.float64)]
+
+        def exact(pieces: Tensor = pieces) -> Sequence[Tensor]:
+            total = pieces.double().sum(0).view(count, chunk)
+            return [total, total.norm(dim=1)]
+
+        yield Case(
+            "add_pieces",
+            f"{num_ranks} x {count} x {chunk} bf16, put, with norms",
+            {**ours("add_pieces", put), "torch, sum and norm": torchs},
+            exact,
+            pieces.numel() * 2 + count * chunk * 4,
         )
 
 

@@ -49,6 +49,7 @@ CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "wq_linear": kernel_products.wq_linear_cases,
     "linear_ce": kernel_products.linear_ce,
     "fake_quant": kernel_rows.fake_quant_cases,
+    "add_pieces": kernel_rows.add_pieces_cases,
 }
 WARM_S, TURNS, TRIES = 0.2, 1 << 16, 10
 
