@@ -39,7 +39,7 @@ from ptm.kernels.linear import widen
 from ptm.quant.grid import Grid, Quantized, divisor_of
 
 BLOCK = 128
-CHUNK = 2048
+CHUNK = 256
 STRIP = 256
 MOST_DAMPING = 1e4
 """Times the first; a matrix that is still no better than this has no use."""
@@ -77,8 +77,9 @@ class Hessian:
 
     @one_thread()
     def add(self, x_TK: Tensor) -> None:
-        """Rows of inputs (..., K). Those in bf16 are multiplied in bf16 where that is fast, CHUNK
-        rows at a time: a fourth of the time, 0.1 % of the error that is left (docs/numbers.md)."""
+        """Rows of inputs (..., K). Those in bf16 are multiplied in bf16 where that is fast, a fourth
+        of the time, CHUNK rows at a time: each product is rounded to bf16, and what that leaves
+        over many of them is small enough beside the damping."""
         K = self.sum_KK.shape[0]
         x_TK = x_TK.reshape(-1, K)
         for rows in x_TK.split(CHUNK):

@@ -189,3 +189,18 @@ def test_gptaq_keeps_the_outputs_of_the_whole_model_better() -> None:
         near = solve(w, factorize(h, options), GRIDS[0], options, cross_KK=cross)
         lost[alpha] = float((x @ near.quantized.dequantize().t() - x_fp @ w.t()).norm())
     assert lost[1.0] < 0.97 * lost[0.0], lost
+
+
+def test_inputs_in_bf16_with_a_few_large_directions_need_no_more_damping() -> None:
+    """Products of bf16 are rounded to bf16: over too many rows at once that alone makes the matrix
+    indefinite, and the damping that mends it costs a third of what GPTQ gains."""
+    draw = torch.Generator().manual_seed(0)
+    sizes = torch.logspace(0, -3, 256)
+    sizes[:4] = 20.0
+    turn = torch.linalg.qr(torch.randn(256, 256, generator=draw))[0]
+    x = ((torch.randn(8192, 256, generator=draw) * sizes) @ turn).bfloat16()
+    hessian = Hessian(256)
+    hessian.add(x)
+    exact = x.double().t() @ x.double() / len(x)
+    assert float((hessian.mean() - exact).norm() / exact.norm()) < 5e-4
+    assert factorize(hessian.mean()).damping == GptqOptions().damping
