@@ -77,9 +77,9 @@ class Hessian:
 
     @one_thread()
     def add(self, x_TK: Tensor) -> None:
-        """Rows of inputs (..., K). Those in bf16 are multiplied in bf16 where that is fast, a fourth
-        of the time, CHUNK rows at a time: each product is rounded to bf16, and what that leaves
-        over many of them is small enough beside the damping."""
+        """Rows of inputs (..., K). Where products of bf16 are fast, rows in bf16 are multiplied so: a
+        fourth of the time. Each is rounded to bf16, so there are many of them, of CHUNK rows, and
+        what is left of that is small beside the damping."""
         K = self.sum_KK.shape[0]
         x_TK = x_TK.reshape(-1, K)
         for rows in x_TK.split(CHUNK):
