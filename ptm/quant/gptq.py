@@ -77,8 +77,8 @@ class Hessian:
 
     @one_thread()
     def add(self, x_TK: Tensor) -> None:
-        """Rows of inputs (..., K). Where products of bf16 are fast, rows in bf16 are multiplied so: a
-        fourth of the time. Each is rounded to bf16, so there are many of them, of CHUNK rows, and
+        """Rows of inputs (..., K). Where products of bf16 are fast, rows in bf16 are multiplied so:
+        a fourth of the time. Each is rounded to bf16, so there are many of them, of CHUNK rows, and
         what is left of that is small beside the damping."""
         K = self.sum_KK.shape[0]
         x_TK = x_TK.reshape(-1, K)
