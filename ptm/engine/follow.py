@@ -8,8 +8,8 @@ happened together with all before it:
     happened     x x x x x x x x x x . . .   x x x             a step begins, updates lag behind
                                    |`- position
 
-An access that its thread does not have among the next `WINDOW` of the trace, like those of an
-evaluation, moves nothing; what it skips counts as passed.
+An access that its thread does not have among the next `WINDOW` of the trace moves nothing, and so
+does one for no purpose that was noted, like a checkpoint's; what is skipped counts as passed.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class Follower:
         """`page` is held now, for `what`; returns the orders that are due by that."""
         kind = is_update(what)
         lane = self._lanes[kind]
-        at = lane.saw(page)
+        at = lane.saw(page) if what else None
         if at is None:
             return ()
         if at in self._last_changes:

@@ -9,9 +9,13 @@ from support.pages import Fetch, TinySchedule
 from ptm.engine.follow import MOST_LATE, WINDOW, Follower
 
 UPDATE = "update block"
-USES = [(0, ""), (1, ""), (2, ""), (10, UPDATE), (1, ""), (11, UPDATE), (12, UPDATE), (0, "")]
-WORKS = [page for page, what in USES if not what]
-UPDATES = [page for page, what in USES if what]
+WORK = "forward block"
+USES = [
+    *[(0, WORK), (1, WORK), (2, WORK), (10, UPDATE)],
+    *[(1, WORK), (11, UPDATE), (12, UPDATE), (0, WORK)],
+]
+WORKS = [page for page, what in USES if what == WORK]
+UPDATES = [page for page, what in USES if what == UPDATE]
 
 
 def follower(at: Iterable[int] = (), uses: list[tuple[int, str]] = USES) -> Follower:
@@ -22,7 +26,7 @@ def fetch(at: int) -> Fetch:
     return Fetch(at, 99, (at + 3) % len(USES), None)
 
 
-def see(found: Follower, *pages: int, what: str = "") -> list[int]:
+def see(found: Follower, *pages: int, what: str = WORK) -> list[int]:
     """Positions of the orders that these accesses make due."""
     return [order.at for page in pages for order in found.saw(page, what)]
 
@@ -80,8 +84,9 @@ def test_what_is_off_the_trace_moves_nothing_and_what_is_near_is_passed() -> Non
     assert (
         see(found, 55, UPDATES[0]) == [] and found.position == -1
     )  # a page of updates, not so used
+    assert see(found, *WORKS, what="") == [] and found.position == -1  # a checkpoint reads
     assert see(found, WORKS[1]) == [0, 1] and found.position == 1
-    far = follower(uses=[(page, "") for page in range(2 * WINDOW)])
+    far = follower(uses=[(page, WORK) for page in range(2 * WINDOW)])
     begin(far)
     assert see(far, WINDOW) == [] and far.position == -1
     see(far, WINDOW - 1)
@@ -89,7 +94,7 @@ def test_what_is_off_the_trace_moves_nothing_and_what_is_near_is_passed() -> Non
 
 
 def test_a_trace_without_updates_ends_with_the_step() -> None:
-    found = follower([-1, 1], uses=[(0, ""), (1, "")])
+    found = follower([-1, 1], uses=[(0, WORK), (1, WORK)])
     for _ in range(2):
         assert begin(found) == [-1]
         assert see(found, 0, 1) == [1]

@@ -272,6 +272,7 @@ def test_a_schedule_brings_pages_before_they_are_needed(tmp_path: Path) -> None:
     for page in pages:
         fill(store, page, page)
     store.set_schedule(TinySchedule(pages, orders))
+    store.note("forward")
     for _ in range(4):
         store.begin_step()
         before = store.report()
@@ -289,6 +290,7 @@ def test_an_order_waits_until_what_it_evicts_is_released(tmp_path: Path) -> None
     for page in range(8):
         fill(store, page, page)  # 6 and 7 stay
     store.set_schedule(TinySchedule([7, 6, 3], [Fetch(0, 3, 2, 7)]))
+    store.note("forward")
     store.begin_step()
     store.hold(7)
     time.sleep(0.1)
@@ -307,6 +309,7 @@ def test_a_prefetch_whose_wait_for_a_frame_is_in_vain_begins_anew(tmp_path: Path
     for page in range(8):
         fill(store, page, page)  # 6 and 7 stay, dirty
     store.set_schedule(TinySchedule([7, 6, 7, 6, 3], [Fetch(0, 3, 4, 7)]))
+    store.note("forward")
     store.begin_step()
     before = store.report()["reads"]
     with store._lock:
@@ -332,6 +335,7 @@ def test_what_a_commit_takes_is_written_at_its_last_change(tmp_path: Path) -> No
     schedule = TinySchedule([1, 2, 1, 3, 2], [])
     schedule.flushes = [Flush(1, 2, 5), Flush(2, 4, 6)]
     store.set_schedule(schedule)
+    store.note("forward")
     for step in (1, 2):
         store.begin_step()
         before, written = store.report()["writes"], []
@@ -372,6 +376,7 @@ def test_moves_are_those_of_the_schedule(tmp_path: Path, num_frames: int) -> Non
     )
     store = new_store(tmp_path, num_pages=18, num_frames=num_frames, store={"policy": NextUse()})
     store.set_schedule(schedule)
+    store.note("forward")
     values = [0] * 18
     before, moved = store.report(), []
     for _ in range(5):
@@ -405,6 +410,7 @@ def settle(store) -> None:
 def test_an_access_off_the_schedule_moves_nothing(tmp_path: Path) -> None:
     store = new_store(tmp_path, num_frames=8)
     store.set_schedule(TinySchedule([0, 1, 2, 3], [Fetch(1, 5, 2, None)]))
+    store.note("forward")
     store.begin_step()
     value_of(store, 0)
     value_of(store, 7)
