@@ -113,7 +113,8 @@ class Exact:
     def weights_read(self, unit: str) -> None: ...
 
     def before_landing(self, unit: str) -> bool:
-        self.updater.wait(unit)
+        # Also of a unit that nobody gathered: forgotten later, its new sums would be.
+        self.before_gather(unit)
         return True
 
     def landed(self, unit: str) -> None:

@@ -174,8 +174,9 @@ class _Told:
 
 
 @pytest.mark.parametrize("commits", [True, False])
-def test_sums_of_a_right_guess_are_forgotten_once(commits: bool) -> None:
-    """With the commit that follows its updates, or else at the next gather."""
+@pytest.mark.parametrize("next_use", ["before_gather", "before_landing"])
+def test_sums_of_a_right_guess_are_forgotten_once(commits: bool, next_use: str) -> None:
+    """With the commit that follows its updates, or else before a gather or new sums."""
     updater = _Told()
     timing = Exact(updater, lambda: None)  # type: ignore[arg-type]
     decision = Decision(1.0, 1e-3, 1, 8.0)
@@ -188,6 +189,6 @@ def test_sums_of_a_right_guess_are_forgotten_once(commits: bool) -> None:
         timing.then(lambda: updater.told.append("commit"))
         assert updater.told[2:] == ["commit", "forget a", "forget b"]
     for unit in updater.names:
-        timing.before_gather(unit)
+        getattr(timing, next_use)(unit)
     assert updater.told[-2:] == ["forget a", "forget b"]
     assert len(updater.told) == 4 + commits

@@ -193,7 +193,7 @@ def test_gptaq_keeps_the_outputs_of_the_whole_model_better() -> None:
 
 def test_inputs_in_bf16_with_a_few_large_directions_need_no_more_damping() -> None:
     """Products of bf16 are rounded to bf16: over too many rows at once that alone makes the matrix
-    indefinite, and the damping that mends it costs a third of what GPTQ gains."""
+    indefinite, and the damping that mends it is ten times as much."""
     draw = torch.Generator().manual_seed(0)
     sizes = torch.logspace(0, -3, 256)
     sizes[:4] = 20.0
