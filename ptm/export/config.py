@@ -107,7 +107,7 @@ class ExportConfig:
     "Which rows are taken."
     micro_batch_size: int = ranged(8, least=1)
     "Rows in one forward pass."
-    damping: float = ranged(0.01, above=0.0, most=1.0)
+    damping: float = ranged(0.005, above=0.0, most=1.0)
     "Added to the inputs' products, of their mean diagonal; raised where it is too little."
     candidates: int = ranged(24, least=0, most=1000)
     "Scales tried for each group; 0 takes the plain one."

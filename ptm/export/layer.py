@@ -19,7 +19,7 @@ from ptm.export.crew import Crew
 from ptm.export.stages import Stage
 from ptm.export.walk import Walk
 from ptm.quant.fake_quant import fake_quant
-from ptm.quant.gptq import GptqOptions, Hessian, factorize, one_thread, relative_error, solve
+from ptm.quant.gptq import GptqOptions, Hessian, add_products, factorize, relative_error, solve
 from ptm.quant.grid import Grid, Quantized, round_to_nearest
 from ptm.quant.pack import Format, to_tensors
 
@@ -112,7 +112,7 @@ class Layer:
             return
         num_inputs = next(iter(wanted.values())).shape[1]
         mean, num_rows = self._mean(stage, num_inputs)
-        cross = self._cross(stage, num_inputs)
+        cross = self._cross(stage, mean, num_rows)
         mine = wanted
         if stage.shared is not None:
             names = [name for i, name in enumerate(wanted) if self.crew.is_mine(i)]
@@ -166,23 +166,21 @@ class Layer:
             whole.num_rows = stage.shared.rows
         return whole.mean(), whole.num_rows
 
-    def _cross(self, stage: Stage, num_inputs: int) -> Tensor | None:
+    def _cross(self, stage: Stage, mean_KK: Tensor, num_rows: int) -> Tensor | None:
         """Mean of (wanted - input) input^T, for GPTAQ."""
         wanted, shared = stage.wanted, stage.shared
         if wanted is None:
             return None
+        num_inputs = len(mean_KK)
 
-        @one_thread()
         def part(batches: slice) -> Tensor:
-            total = torch.zeros(num_inputs, num_inputs)
+            total = torch.zeros_like(mean_KK)
             for x, y in zip(stage.inputs[batches], wanted[batches]):
-                x, y = (rows.reshape(-1, num_inputs).float() for rows in (x, y))
-                total += (y - x).t() @ x
+                add_products(y.reshape(-1, num_inputs), x.reshape(-1, num_inputs), total)
             return total
 
-        if shared is not None:
-            return self.crew.sum(shared.batches, part) / max(shared.rows, 1)
-        return part(slice(None)) / max(sum(x[..., 0].numel() for x in stage.inputs), 1)
+        total = part(slice(None)) if shared is None else self.crew.sum(shared.batches, part)
+        return total.div_(max(num_rows, 1)).sub_(mean_KK)
 
     def _weight(self, name: str) -> Tensor:
         return self.walk.read(f"{name}.weight").float()

@@ -25,6 +25,7 @@ from ptm.export.crew import Crew
 from ptm.export.ordinary_config import Ordinary
 from ptm.export.stages import Done, Shared, Stage, shared_by, stand_ins
 from ptm.kernels.linear import is_widened, linear, widen
+from ptm.kernels.rmsnorm import rms_norm
 from ptm.model.router import Routing
 
 CHUNK = 1024
@@ -40,9 +41,7 @@ class Layer:
         self.weights = {name: source.read(prefix + name).to(dtype) for name in names}
 
     def norm(self, name: str, x: Tensor) -> Tensor:
-        wide = x.float()
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.model.norm_eps)
-        return self.weights[f"{name}.weight"] * (wide * scale).to(x.dtype)
+        return rms_norm(x, self.weights[f"{name}.weight"], self.model.norm_eps)
 
     def normed(self, name: str, x: Tensor) -> Tensor:
         return self.norm(f"{name}_layernorm", x)
@@ -112,8 +111,8 @@ def stages(
     twin: Twin | None = None,
     least_rows: int = 0,
 ) -> Generator[Stage, None, Done]:
-    """Shapes: rows are batches (B, L, D). They are taken: their lists are empty afterwards, so that
-    memory does not hold them to the end."""
+    """Shapes: rows are batches (B, L, D). They are taken: those of the next layer are made in their
+    place, and their lists are empty afterwards."""
     sides = [layer] if twin is None else [layer, twin.layer]
     crew, shared = crew or Crew(), shared_by(rows)
     mine = crew.batches(len(rows))
@@ -127,7 +126,7 @@ def stages(
     del normed
     yield _stage(layer, ["self_attn.o_proj"], heads, shared=shared)
     both = [
-        [x + s.linear("self_attn.o_proj", h) for x, h in zip(xs, hs)]
+        [x.add_(s.linear("self_attn.o_proj", h)) for x, h in zip(xs, hs)]
         for s, xs, hs in zip(sides, both, heads)
     ]
     del heads
@@ -138,7 +137,9 @@ def stages(
         crew,
         shared,
     )
-    done = [crew.join([x + y.view_as(x) for x, y in zip(xs, ys)]) for xs, ys in zip(both, added)]
+    done = [
+        crew.join([x.add_(y.view_as(x)) for x, y in zip(xs, ys)]) for xs, ys in zip(both, added)
+    ]
     return Done(done[0], done[1] if twin is not None else None, counts)
 
 

@@ -102,7 +102,7 @@ def export(
     if rows_of is not None:
         text = _text(config, walk, rows_of, partial, advance, crew)
         rows = walk.embed(text) if not partial.num_done else _resumed(partial)
-    twin_rows = list(rows) if rows is not None and config.alpha else None
+    twin_rows = [x.clone() for x in rows] if rows is not None and config.alpha else None
     if partial.num_done and twin_rows is not None:
         twin_rows = _resumed(partial, "twin")
     for layer in range(partial.num_done, walk.num_layers):

@@ -125,6 +125,7 @@ def layer_errors(
                 hessian = Hessian(next(iter(stage.linears.values())).shape[1])
                 for x in stage.inputs:
                     hessian.add(x)
+                mean = hessian.mean()
                 for inner in stage.linears if hessian.num_rows else ():
                     name = f"model.layers.{layer}.{inner}"
                     row: dict[str, Any] = {"name": name, "rows": hessian.num_rows}
@@ -132,7 +133,7 @@ def layer_errors(
                     for export, source in sources.items():
                         if name in source.modules:
                             near = source.read(f"{name}.weight")
-                            row[export] = relative_error(weight, near, hessian.mean())
+                            row[export] = relative_error(weight, near, mean)
                     if len(row) > 2:
                         found.append(row)
         except StopIteration as stop:

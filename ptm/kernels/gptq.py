@@ -1,7 +1,10 @@
-"""GPTQ's loops over the inputs of a block, and the errors by which scales are chosen (csrc/gptq).
+"""GPTQ's loops over the inputs of a block, the errors by which scales are chosen, and the products
+of inputs that a Hessian is made of (csrc/gptq).
 
 The specification is ptm/quant/gptq.py's `_Columns.sweep` and `descend`, and `Grid.errors` of
 ptm/quant/grid.py; the bits are theirs, on every instruction set and any number of threads.
+`products` is `add_products` of ptm/quant/gptq.py where bf16 is multiplied fast: by sums of another
+order, so up to fp32's rounding.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from torch import Tensor
 
 from ptm.kernels import native
 
-native.declare("gptq_sweep", "gptq_descend", "gptq_errors")
+native.declare("gptq_sweep", "gptq_descend", "gptq_errors", "gptq_products")
 
 
 class GridSpec(NamedTuple):
@@ -78,3 +81,19 @@ def errors(
         grid.size, grid.bits, grid.mantissa,
     )  # fmt: skip
     return out
+
+
+def multiplies(a_TM: Tensor, b_TN: Tensor) -> bool:
+    """Whether `products` takes these, both bf16."""
+    widths = a_TM.shape[-1] | b_TN.shape[-1]
+    is_bf16 = a_TM.dtype is torch.bfloat16
+    return is_bf16 and widths % 32 == 0 and native.serves("gptq_products", a_TM, b_TN)
+
+
+def products(a_TM: Tensor, b_TN: Tensor, sum_MN: Tensor) -> None:
+    """sum += a^T b in fp32; where b is a, what is below the diagonal is of no use. On any number of
+    threads the same bits. M, N multiples of 32."""
+    is_upper = a_TM is b_TN
+    a_TM = a_TM.contiguous()
+    b_TN = a_TM if is_upper else b_TN.contiguous()
+    native.call("gptq_products", a_TM, b_TN, sum_MN, *a_TM.shape, b_TN.shape[1], is_upper)

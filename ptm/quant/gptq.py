@@ -35,11 +35,10 @@ import torch
 from torch import Tensor
 
 from ptm.kernels import gptq as kernels
-from ptm.kernels.linear import widen
 from ptm.quant.grid import Grid, Quantized, divisor_of
 
 BLOCK = 128
-CHUNK = 256
+CHUNK = 2048
 STRIP = 256
 MOST_DAMPING = 1e4
 """Times the first; a matrix that is still no better than this has no use."""
@@ -50,7 +49,7 @@ class GptqOptions:
     """damping: of the mean diagonal. candidates: scales tried per group, 0 for the plain ones.
     descents: passes of coordinate descent after the sweep. alpha: of the target, 0 for W itself."""
 
-    damping: float = 0.01
+    damping: float = 0.005
     is_ordered: bool = True
     candidates: int = 24
     descents: int = 3
@@ -68,6 +67,22 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def add_products(a_TM: Tensor, b_TN: Tensor, sum_MN: Tensor) -> None:
+    """sum += a^T b of rows of inputs, in fp32; where b is a, only what is not below the diagonal is
+    of use. Rows in bf16 are multiplied as they are where the CPU does so fast (csrc/gptq): torch
+    would round every product to bf16, which makes such a matrix indefinite."""
+    is_upper = b_TN is a_TM
+    if kernels.multiplies(a_TM, b_TN):
+        kernels.products(a_TM, b_TN, sum_MN)
+        return
+    with one_thread():
+        for a, b in zip(a_TM.split(CHUNK), b_TN.split(CHUNK)):
+            a, b = a.float(), b.float()
+            for i in range(0, a.shape[1], STRIP):
+                wanted = slice(i if is_upper else 0, None)
+                sum_MN[i : i + STRIP, wanted] += a[:, i : i + STRIP].t() @ b[:, wanted]
+
+
 class Hessian:
     """Sum of x x^T over the rows of calibration text, and how many there were."""
 
@@ -75,24 +90,20 @@ class Hessian:
         self.sum_KK = torch.zeros(num_inputs, num_inputs, device=device)
         self.num_rows = 0
 
-    @one_thread()
     def add(self, x_TK: Tensor) -> None:
-        """Rows of inputs (..., K). Where products of bf16 are fast, rows in bf16 are multiplied so:
-        a fourth of the time. Each is rounded to bf16, so there are many of them, of CHUNK rows, and
-        what is left of that is small beside the damping."""
-        K = self.sum_KK.shape[0]
-        x_TK = x_TK.reshape(-1, K)
-        for rows in x_TK.split(CHUNK):
-            rows = widen(rows) if rows.dtype is torch.bfloat16 else rows.float()
-            for i in range(0, K, STRIP):
-                self.sum_KK[i : i + STRIP, i:] += rows[:, i : i + STRIP].t() @ rows[:, i:]
+        """Rows of inputs (..., K)."""
+        x_TK = x_TK.reshape(-1, self.sum_KK.shape[0])
+        add_products(x_TK, x_TK, self.sum_KK)
         self.num_rows += x_TK.shape[0]
 
     def mean(self) -> Tensor:
         """(K, K) fp32, symmetric."""
-        mean = self.sum_KK.triu()
-        mean += mean.triu(1).t()
-        return mean.div_(max(self.num_rows, 1))
+        for i in range(0, len(self.sum_KK), STRIP):
+            strip = self.sum_KK[i : i + STRIP, i:]
+            square = strip[:, : len(strip)].triu()
+            strip[:, : len(strip)] = square + square.triu(1).t()
+            self.sum_KK[i + len(strip) :, i : i + STRIP] = strip[:, len(strip) :].t()
+        return self.sum_KK / max(self.num_rows, 1)
 
 
 @dataclass
@@ -106,6 +117,12 @@ class Factor:
     "Upper Cholesky factor of the inverse, in that order."
     damping: float
     dead_K: Tensor
+
+    def solved(self, b_NK: Tensor) -> Tensor:
+        """x of x H' = b."""
+        x_NK = torch.empty_like(b_NK)
+        x_NK[:, self.order_K] = b_NK[:, self.order_K] @ self.upper_KK.t() @ self.upper_KK
+        return x_NK
 
 
 @dataclass
@@ -136,7 +153,7 @@ def factorize(hessian_KK: Tensor, options: GptqOptions = GptqOptions()) -> Facto
     while damping <= options.damping * MOST_DAMPING:
         damped = hessian_KK.clone()
         damped.diagonal().add_(torch.where(dead, mean, 0.0)).add_(damping * mean)
-        found, failed = torch.linalg.cholesky_ex(damped[order][:, order])
+        found, failed = torch.linalg.cholesky_ex(damped[order[:, None], order])
         if not bool(failed):
             found = torch.cholesky_inverse(found)  # one name: what is large does not stay
             found, failed = torch.linalg.cholesky_ex(found, upper=True)
@@ -162,9 +179,7 @@ def solve(
     w = w_NK.float()
     target = w
     if options.alpha and cross_KK is not None:
-        with one_thread():
-            moved = torch.linalg.solve(factor.damped_KK, (w @ cross_KK).t()).t()
-        target = w + options.alpha * moved
+        target = w + options.alpha * factor.solved(w @ cross_KK)
     importance = factor.damped_KK.diagonal()
     scale, zero = grid.scales(target, importance, options.candidates)
     columns = _Columns(grid, scale, zero, w.shape[1])

@@ -71,11 +71,11 @@ def test_every_linear_is_read_once_and_by_what_feeds_it(tmp_path: Path, kind: st
     walk = OrdinaryWalk(write_ordinary(tmp_path / "m", kind), ExportFormat.gptq)
     layer = layers_of(walk)[0]
     x = torch.randn(2, 24, 64, generator=torch.Generator().manual_seed(1))
-    seen = [name for stage in stages(layer, [x]) for name in stage.linears]
+    seen = [name for stage in stages(layer, [x.clone()]) for name in stage.linears]
     assert sorted(seen) == sorted(walk.model.linears(0))
-    alike = finish(stages(layer, [x], twin=Twin(layers_of(walk)[0], [x.clone()])))
+    alike = finish(stages(layer, [x.clone()], twin=Twin(layers_of(walk)[0], [x.clone()])))
     assert torch.equal(alike.rows[0], alike.twin_rows[0])
-    loud = finish(stages(layer, [x], least_rows=1000))
+    loud = finish(stages(layer, [x.clone()], least_rows=1000))
     assert torch.equal(loud.rows[0], alike.rows[0]), "shown tokens of others change no output"
     whole = x + layer.linear("self_attn.o_proj", layer.attend(layer.normed("input", x)))
     whole = whole + layer.mlp(layer.normed("post_attention", whole))

@@ -1,5 +1,5 @@
-"""GPTQ's compiled loops against the torch that specifies them, bit for bit, on every instruction
-set here."""
+"""GPTQ's compiled loops against the torch that specifies them, bit for bit, and its products of
+bf16 against fp64, on every instruction set here."""
 
 from __future__ import annotations
 
@@ -11,7 +11,15 @@ import torch
 
 from ptm.kernels import gptq as kernels
 from ptm.kernels import native
-from ptm.quant.gptq import BLOCK, GptqOptions, Hessian, Solved, factorize, solve
+from ptm.quant.gptq import (
+    BLOCK,
+    GptqOptions,
+    Hessian,
+    Solved,
+    add_products,
+    factorize,
+    solve,
+)
 from ptm.quant.grid import Grid, GridKind
 from tests.support.native import each_isa, poisoned, same_bits
 
@@ -119,6 +127,43 @@ def test_the_errors_of_scales_are_the_references(isa, grid):
             assert torch.equal(grid.errors(w, importance, *tried), expected)
             exact = (grid.fake(w, scale, zero).double() - w).square() * importance
         assert torch.allclose(expected[0].sum(1).double(), exact.sum(1), rtol=1e-5)
+
+
+@each_isa
+@pytest.mark.parametrize("T, M, N", [(0, 32, 32), (1, 32, 96), (31, 64, 32), (1100, 544, 288)])
+def test_products_of_bf16_are_exact_sums(isa, T, M, N):
+    """Within the rounding of fp32 sums, and the same bits twice and on any number of threads."""
+    g = torch.Generator().manual_seed(T)
+    a, b = (torch.randn(T, width, generator=g).bfloat16() for width in (M, N))
+    before = torch.randn(M, N, generator=g), torch.randn(M, M, generator=g)
+
+    def run() -> list[torch.Tensor]:
+        sums = [x.clone() for x in before]
+        add_products(a, b, sums[0])
+        add_products(a, a, sums[1])
+        return [sums[0], sums[1].triu()]
+
+    with native.forced(isa), poisoned():
+        assert kernels.multiplies(a, b) == native.has("gptq_products")
+        found = run()
+        same_bits(run)
+    for x, left, right, start in zip(found, (a, a), (b, a), before, strict=True):
+        left, right = left.double(), right.double()
+        exact = left.t() @ right + start
+        bound = (left.abs().t() @ right.abs() + start.abs()) * 2**-19
+        off = (x - exact).abs() > bound
+        assert not bool((off.triu() if right.equal(left) else off).any())
+
+
+def test_products_of_other_rows_go_to_torch():
+    x = torch.zeros(4, 64, dtype=torch.bfloat16)
+    assert not kernels.multiplies(x.float(), x.float())
+    assert not kernels.multiplies(x[:, :33], x)
+    strided = torch.randn(40, 128).bfloat16()[:, ::2]
+    found = torch.zeros(64, 64)
+    add_products(strided, strided, found)
+    exact = (strided.double().t() @ strided.double()).triu()
+    assert torch.allclose(found.triu().double(), exact, atol=1e-4)
 
 
 def test_other_types_and_devices_go_to_torch():

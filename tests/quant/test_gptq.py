@@ -134,7 +134,7 @@ def test_damping_is_raised_until_it_works_and_said() -> None:
     h = hessian(x)
     h -= 0.05 * h.diagonal().mean() * torch.eye(96)  # a negative eigenvalue, as rounding makes
     found = solve(w, factorize(h), GRIDS[0])
-    assert found.damping in (0.1, 1.0) and math.isfinite(found.error)
+    assert found.damping in (0.05, 0.5) and math.isfinite(found.error)
     h[0, 1] = math.nan
     with pytest.raises(ValueError, match="not finite"):
         factorize(h)
@@ -151,9 +151,10 @@ def test_hessian_is_a_sum_that_may_be_made_in_parts() -> None:
         assert found.num_rows == 1500
         assert torch.equal(found.mean(), found.mean().t())
         assert (found.mean() - exact).norm() < 1e-6 * exact.norm()
-    rounded = Hessian(96)
-    rounded.add(x.bfloat16())
-    assert (rounded.mean() - exact).norm() < 5e-3 * exact.norm()
+    rounded, x = Hessian(96), x.bfloat16()
+    rounded.add(x)
+    exact = x.double().t() @ x.double() / 1500
+    assert (rounded.mean() - exact).norm() < 1e-6 * exact.norm(), "products of bf16 are exact"
 
 
 def test_codes_do_not_depend_on_threads() -> None:
@@ -192,8 +193,8 @@ def test_gptaq_keeps_the_outputs_of_the_whole_model_better() -> None:
 
 
 def test_inputs_in_bf16_with_a_few_large_directions_need_no_more_damping() -> None:
-    """Products of bf16 are rounded to bf16: over too many rows at once that alone makes the matrix
-    indefinite, and the damping that mends it is ten times as much."""
+    """Where products of bf16 are rounded to bf16, that alone makes the matrix indefinite, and the
+    damping that mends it is ten times as much."""
     draw = torch.Generator().manual_seed(0)
     sizes = torch.logspace(0, -3, 256)
     sizes[:4] = 20.0
@@ -202,5 +203,5 @@ def test_inputs_in_bf16_with_a_few_large_directions_need_no_more_damping() -> No
     hessian = Hessian(256)
     hessian.add(x)
     exact = x.double().t() @ x.double() / len(x)
-    assert float((hessian.mean() - exact).norm() / exact.norm()) < 5e-4
+    assert float((hessian.mean() - exact).norm() / exact.norm()) < 1e-6
     assert factorize(hessian.mean()).damping == GptqOptions().damping
