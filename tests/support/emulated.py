@@ -55,7 +55,7 @@ def cuda_sources() -> list[Path]:
 
 def compile_object(source: Path, target: Path) -> None:
     """One source for the emulation. Raises: CalledProcessError, also for a warning."""
-    name = f"-DPTM_NAMESPACE=ptm_emulated_of_{source.parent.name}"
+    name = f"-DPTM_NAMESPACE=ptm_emulated_of_{source.parent.name}_{source.stem}"
     command = ["g++", *FLAGS, name, "-x", "c++", "-c", str(source), "-o", str(target)]
     subprocess.run(command, check=True, timeout=600)
 
