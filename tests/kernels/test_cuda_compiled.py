@@ -13,6 +13,7 @@ needs_nvcc = pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
 # A kernel's name has the widths that it is made for; these read rows, so must have the wide ones.
 WIDE = {
     "adamw/cuda": ("Sweep",),
+    "add_pieces/cuda": ("Add",),
     "fake_quant/cuda": ("OnGrid",),
     "moe_plan/cuda": (),
     "rmsnorm/cuda": ("Forward", "Backward"),

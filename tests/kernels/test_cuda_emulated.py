@@ -75,6 +75,7 @@ def library(tmp_path_factory):
 def test_bodies_pass_the_tests_of_the_cpus_kernels(library):
     tests = {
         "adamw": "test_adamw_native.py",
+        "add_pieces": "test_add_pieces_native.py",
         "fake_quant": "test_fake_quant_native.py",
         "moe_plan": "test_moe_mlp_native.py",
         "rmsnorm": "test_rmsnorm_native.py",
