@@ -20,6 +20,7 @@ WIDE = {
     "rope/cuda": ("Turn",),
     "router/cuda": (),
     "wq/cuda": ("Linear",),
+    "wq/cuda_moe": ("Inner", "Outer", "Combine"),
 }
 
 

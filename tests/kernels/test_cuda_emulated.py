@@ -41,6 +41,14 @@ BARRIERS = {
     "not reached by all": "if (thread_id() != 3) sync_block()",
 }
 TIMED_OUT = 3
+# What makes tests for a GPU tests for the library that stands in for the CPU's.
+ON_THE_CPU = {
+    'DEVICE = "cuda"': 'DEVICE = "cpu"',
+    "    pytest.mark.gpu,\n": "",
+    "native.forced_cuda(True)": 'native.forced("portable")',
+    "torch.accelerator.synchronize()": "pass",
+    "with torch.cuda.stream(torch.cuda.Stream()):": "if True:",
+}
 
 
 @pytest.mark.slow
@@ -85,9 +93,24 @@ def test_bodies_pass_the_tests_of_the_cpus_kernels(library):
     }
     assert {source.parent.name for source in cuda_sources()} == set(tests)
     files = [f"tests/kernels/{name}" for name in tests.values()]
-    # Of experts there is the order of rows alone, and opcheck asks nothing of a kernel.
-    chosen = "not torchs_rules and not knows_the_op and not experts and (not moe_mlp_native or the_order)"
+    # Of moe_mlp there is the order of rows alone, and opcheck asks nothing of a kernel.
+    chosen = "not torchs_rules and not knows_the_op and (not moe_mlp_native or the_order)"
     done = run_tests(library, *files, "-k", chosen)
     assert done.returncode == 0, done.stdout + done.stderr
     for name in tests.values():
         assert f"PASSED tests/kernels/{name}" in done.stdout, done.stdout
+
+
+@pytest.mark.slow
+@needs_gxx
+def test_the_tests_for_a_gpu_hold_in_emulation(library, tmp_path):
+    """Their shapes and bounds: what fails on the first GPU should be the GPU's doing."""
+    text = (ROOT / "tests" / "kernels" / "test_cuda_ops.py").read_text()
+    for on_gpu, on_cpu in ON_THE_CPU.items():
+        assert on_gpu in text, on_gpu
+        text = text.replace(on_gpu, on_cpu)
+    file = tmp_path / "test_ops_on_the_cpu.py"
+    file.write_text(text)
+    done = run_tests(library, str(file), "-k", "not is_refused and not nothing_waits")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "SKIPPED" not in done.stdout and " passed" in done.stdout, done.stdout
