@@ -5,11 +5,14 @@ import ctypes
 
 import pytest
 
+from tests.support.asan import needs_asan
 from tests.support.emulated import (
     ROOT,
+    RUN,
     build_emulated,
     cuda_sources,
     needs_gxx,
+    run,
     run_tests,
 )
 
@@ -51,13 +54,17 @@ ON_THE_CPU = {
 }
 
 
+def write_reverse(folder, barrier):
+    source = folder / "reverse.cu"
+    source.write_text(REVERSE.format(root=ROOT, barrier=BARRIERS[barrier]))
+    return source
+
+
 @pytest.mark.slow
 @needs_gxx
 @pytest.mark.parametrize("barrier", BARRIERS)
 def test_a_barrier_that_is_missing_shows(tmp_path, barrier):
-    source = tmp_path / "reverse.cu"
-    source.write_text(REVERSE.format(root=ROOT, barrier=BARRIERS[barrier]))
-    library = ctypes.CDLL(str(build_emulated(tmp_path, [source])))
+    library = ctypes.CDLL(str(build_emulated(tmp_path, [write_reverse(tmp_path, barrier)])))
     row = ctypes.c_float * 64
     numbers = row(*range(64))
     found = set()
@@ -78,26 +85,28 @@ def library(tmp_path_factory):
     return build_emulated(tmp_path_factory.mktemp("emulated"), cuda_sources())
 
 
+TESTS = {
+    "adamw": "test_adamw_native.py",
+    "add_pieces": "test_add_pieces_native.py",
+    "fake_quant": "test_fake_quant_native.py",
+    "moe_plan": "test_moe_mlp_native.py",
+    "rmsnorm": "test_rmsnorm_native.py",
+    "rope": "test_rope_native.py",
+    "router": "test_router_native.py",
+    "wq": "test_quant_linear.py",
+}
+# Of moe_mlp there is the order of rows alone, and opcheck asks nothing of a kernel.
+CHOSEN = "not torchs_rules and not knows_the_op and (not moe_mlp_native or the_order)"
+
+
 @pytest.mark.slow
 @needs_gxx
 def test_bodies_pass_the_tests_of_the_cpus_kernels(library):
-    tests = {
-        "adamw": "test_adamw_native.py",
-        "add_pieces": "test_add_pieces_native.py",
-        "fake_quant": "test_fake_quant_native.py",
-        "moe_plan": "test_moe_mlp_native.py",
-        "rmsnorm": "test_rmsnorm_native.py",
-        "rope": "test_rope_native.py",
-        "router": "test_router_native.py",
-        "wq": "test_quant_linear.py",
-    }
-    assert {source.parent.name for source in cuda_sources()} == set(tests)
-    files = [f"tests/kernels/{name}" for name in tests.values()]
-    # Of moe_mlp there is the order of rows alone, and opcheck asks nothing of a kernel.
-    chosen = "not torchs_rules and not knows_the_op and (not moe_mlp_native or the_order)"
-    done = run_tests(library, *files, "-k", chosen)
+    assert {source.parent.name for source in cuda_sources()} == set(TESTS)
+    files = [f"tests/kernels/{name}" for name in TESTS.values()]
+    done = run_tests(library, *files, "-k", CHOSEN)
     assert done.returncode == 0, done.stdout + done.stderr
-    for name in tests.values():
+    for name in TESTS.values():
         assert f"PASSED tests/kernels/{name}" in done.stdout, done.stdout
 
 
@@ -114,3 +123,28 @@ def test_the_tests_for_a_gpu_hold_in_emulation(library, tmp_path):
     done = run_tests(library, str(file), "-k", "not is_refused and not nothing_waits")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "SKIPPED" not in done.stdout and " passed" in done.stdout, done.stdout
+
+
+# A row that is one number too short.
+BREAK = """
+import sys
+from pathlib import Path
+from ptm.kernels import native
+native.LIBRARY = Path(sys.argv[1])
+import torch
+native.call("reverse", torch.ones(64), torch.ones(63))
+"""
+
+
+@pytest.mark.slow
+@needs_asan
+def test_no_body_leaves_its_memory(tmp_path):
+    """Global, scratch or shared: on a GPU such an access may well go unnoticed."""
+    sources = [write_reverse(tmp_path, "one"), *cuda_sources()]
+    library = build_emulated(tmp_path, sources, is_watched=True)
+    broken = run(library, BREAK, is_watched=True)
+    assert "heap-buffer-overflow" in broken.stderr, broken.stderr
+    files = [f"tests/kernels/{name}" for name in TESTS.values()]
+    chosen = f"{CHOSEN} and not number_of_threads"
+    done = run(library, RUN, *files, "-k", chosen, is_watched=True)
+    assert done.returncode == 0, done.stdout + done.stderr
