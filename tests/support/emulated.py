@@ -29,7 +29,8 @@ FLAGS = ["-std=c++17", "-O2", "-g", "-fPIC", "-fvisibility=hidden", "-ffp-contra
          "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-psabi", "-U_FORTIFY_SOURCE",
          "-DPTM_ISA=0"]  # fmt: skip
 # Where accesses are watched the compiler warns of more, and not rightly.
-WATCHED = ["-fsanitize=address", "-fno-omit-frame-pointer", "-Wno-error"]
+SANITIZE = "-fsanitize=address,alignment"
+WATCHED = [SANITIZE, "-fno-sanitize-recover=alignment", "-fno-omit-frame-pointer", "-Wno-error"]
 RUN = """
 import sys
 from pathlib import Path
@@ -64,7 +65,8 @@ def compile_object(source: Path, target: Path, *more: str) -> None:
 
 
 def build_emulated(folder: Path, sources: list[Path], *, is_watched: bool = False) -> Path:
-    """The library of these sources, in the folder; is_watched: for accesses out of bounds."""
+    """The library of these sources, in the folder; is_watched: for accesses out of bounds
+    or at an address that is no multiple of their size."""
     watched = WATCHED if is_watched else []
     main = folder / "machine.cpp"
     main.write_text(MACHINE)
@@ -72,7 +74,7 @@ def build_emulated(folder: Path, sources: list[Path], *, is_watched: bool = Fals
     for source, target in zip((main, *sources), objects, strict=True):
         compile_object(source, target, *watched)
     library = folder / "libptm_emulated.so"
-    undefined = ["-fsanitize=address"] if is_watched else ["-Wl,-z,defs"]
+    undefined = [SANITIZE] if is_watched else ["-Wl,-z,defs"]
     link = ["g++", "-shared", *map(str, objects), *undefined, "-o", str(library)]
     subprocess.run(link, check=True, timeout=600)
     return library
