@@ -96,10 +96,11 @@ def build(target: Path, *, sanitize: str = "", ops: Sequence[str] = ()) -> list[
 
 def cuda_jobs(nvcc: str) -> list:
     """Sources for CUDA with the commands that compile them."""
-    return [
-        (source, "cuda", [nvcc, *CUDA_FLAGS, f"-DPTM_NAMESPACE=ptm_cuda_of_{source.parent.name}"])
-        for source in sorted(CSRC.glob("*/cuda*.cu"))
-    ]
+    jobs = []
+    for source in sorted(CSRC.glob("*/cuda*.cu")):
+        names = f"-DPTM_NAMESPACE=ptm_of_{source.parent.name}_{source.stem}"
+        jobs.append((source, "cuda", [nvcc, *CUDA_FLAGS, names]))
+    return jobs
 
 
 def _isas_of(source: Path) -> Sequence[str]:

@@ -3,7 +3,7 @@
 // of them. Each operation rounds once: times, plus and the like are never contracted.
 #include <type_traits>
 
-#include "../common/device.h"
+#include "../common/squares.h"
 
 namespace PTM_NAMESPACE {
 
@@ -160,20 +160,6 @@ struct Sweep {
   }
 };
 
-struct AddSquares {
-  static constexpr int THREADS = 256;
-  const double* squares;
-  double* square;
-  int64_t count;
-
-  PTM_BODY void operator()() const {
-    double total = 0;
-    for (int64_t i = thread_id(); i < count; i += THREADS) total += squares[i];
-    total = block_sum<THREADS / 32>(total, shared_memory<double>());
-    if (thread_id() == 0) *square = total;
-  }
-};
-
 template <class T, class G>
 struct Page {
   T* weight;
@@ -205,7 +191,7 @@ struct Page {
                        : is_aligned ? run<false, true>(each, stream)
                                     : run<false, false>(each, stream);
     if (status || !square) return status;
-    return launch(AddSquares{each, square, blocks}, 1, 64, stream);
+    return add_squares(each, blocks, blocks, square, 1, stream);
   }
 };
 

@@ -1,6 +1,6 @@
 // isa: portable avx2 avx512_bf16
 // The ranks' pieces of a gradient added up and put into a page or added to it, in one visit, and
-// the sum of squares of what is there then.
+// the sums of squares of what is there then, one for each `chunk` elements.
 //
 //   pieces (N, C) fp32 or bf16, rows `stride` apart  ->  total (C,) fp32
 //
@@ -15,7 +15,8 @@ typedef double vd __attribute__((vector_size(8 * W)));
 
 template <class T>
 int add_pieces(const T* pieces, int64_t N, int64_t stride, float* total, int64_t C, bool replaces,
-               double* square, int64_t threads) {
+               double* chunk_sums, int64_t chunk, int64_t threads) {
+  if (chunk_sums && chunk % GRAIN) return PTM_BAD_SHAPE;
   const int64_t parts = (C + GRAIN - 1) / GRAIN;
   Scratch<double> sums(parts);
   if (!sums.data) return PTM_NO_MEMORY;
@@ -27,7 +28,7 @@ int add_pieces(const T* pieces, int64_t N, int64_t stride, float* total, int64_t
       for (int64_t n = 1; n < N; n++) sum += load(pieces + n * stride + at, lanes);
       if (!replaces) sum += load(total + at, lanes);
       store(total + at, sum, lanes);
-      if (square) {
+      if (chunk_sums) {
         vd wide = __builtin_convertvector(sum, vd);
         squares += wide * wide;
       }
@@ -36,9 +37,9 @@ int add_pieces(const T* pieces, int64_t N, int64_t stride, float* total, int64_t
     for (int i = 0; i < W; i++) found += squares[i];
     sums.data[begin / GRAIN] = found;
   });
-  if (square) {
-    *square = 0;
-    for (int64_t p = 0; p < parts; p++) *square += sums.data[p];
+  for (int64_t p = 0; chunk_sums && p < parts; p++) {
+    double& sum = chunk_sums[p * GRAIN / chunk];
+    sum = p * GRAIN % chunk ? sum + sums.data[p] : sums.data[p];
   }
   return PTM_OK;
 }
@@ -47,10 +48,12 @@ int add_pieces(const T* pieces, int64_t N, int64_t stride, float* total, int64_t
 
 using namespace PTM_NAMESPACE;
 
-// N at least 1; square (1,) fp64 or null.
+// N and C at least 1; squares (C / chunk, rounded up) fp64 or null; chunk a multiple of 16,384.
 PTM_EXPORT(add_pieces)(const void* pieces, int64_t N, int64_t stride, float* total, int64_t C,
-                       int64_t replaces, double* square, int64_t is_bf16, int64_t threads) {
+                       int64_t replaces, double* squares, int64_t chunk, int64_t is_bf16,
+                       int64_t threads) {
+  const bool whole = replaces != 0;
   if (is_bf16)
-    return add_pieces((const bf16*)pieces, N, stride, total, C, replaces != 0, square, threads);
-  return add_pieces((const float*)pieces, N, stride, total, C, replaces != 0, square, threads);
+    return add_pieces((const bf16*)pieces, N, stride, total, C, whole, squares, chunk, threads);
+  return add_pieces((const float*)pieces, N, stride, total, C, whole, squares, chunk, threads);
 }

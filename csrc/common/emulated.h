@@ -96,13 +96,13 @@ PTM_BODY T from_lane(T x, int lane) {
   return exchanged(x)[lane & (WARP - 1)];
 }
 // In the order of a GPU's butterfly.
-template <int MASK, class T, class F>
-PTM_BODY T folded(T x, F f) {
+template <class T, class F>
+PTM_BODY T folded(int mask, T x, F f) {
   const T* all = exchanged(x);
   T one[WARP], other[WARP];
   memcpy((void*)one, all, sizeof one);
   for (int m = WARP / 2; m > 0; m >>= 1) {
-    if (!(MASK & m)) continue;
+    if (!(mask & m)) continue;
     for (int i = 0; i < WARP; i++) other[i] = f(one[i], one[i ^ m]);
     memcpy((void*)one, other, sizeof one);
   }
@@ -110,11 +110,15 @@ PTM_BODY T folded(T x, F f) {
 }
 template <class T, class F>
 PTM_BODY T warp_fold(T x, F f) {
-  return folded<31>(x, f);
+  return folded(31, x, f);
+}
+template <class T, class F>
+PTM_BODY T part_fold(int lanes, T x, F f) {
+  return folded(lanes - 1, x, f);
 }
 template <int MASK, class T>
 PTM_BODY T part_sum(T x) {
-  return folded<MASK>(x, [](T a, T b) { return a + b; });
+  return folded(MASK, x, [](T a, T b) { return a + b; });
 }
 PTM_BODY uint32_t alike(int x) {
   const int* all = exchanged(x);
@@ -126,13 +130,13 @@ PTM_BODY int count_bits(uint32_t x) { return __builtin_popcount(x); }
 
 template <class T>
 PTM_BODY T warp_sum(T x) {
-  return folded<31>(x, [](T a, T b) { return a + b; });
+  return folded(31, x, [](T a, T b) { return a + b; });
 }
 PTM_BODY float warp_max(float x) {
-  return folded<31>(x, [](float a, float b) { return fmaxf(a, b); });
+  return folded(31, x, [](float a, float b) { return fmaxf(a, b); });
 }
 PTM_BODY float warp_min(float x) {
-  return folded<31>(x, [](float a, float b) { return fminf(a, b); });
+  return folded(31, x, [](float a, float b) { return fminf(a, b); });
 }
 
 // The compiler is told not to contract (-ffp-contract=off).
@@ -143,6 +147,20 @@ PTM_BODY float root(float a) { return sqrtf(a); }
 PTM_BODY float fused(float a, float b, float c) { return fmaf(a, b, c); }
 PTM_BODY float power2(float x) { return exp2f(x); }
 PTM_BODY float power_e(float x) { return expf(x); }
+PTM_BODY float from_half(uint16_t h) {
+  const uint32_t sign = uint32_t(h & 0x8000) << 16, rest = h & 0x7fff;
+  uint32_t bits = 0x7f800000u | (rest & 0x3ff) << 13;
+  float x;
+  if (rest < 0x7c00) {  // times 2^112 moves the exponent's bias, and makes normal what was not
+    bits = rest << 13;
+    memcpy(&x, &bits, 4);
+    x *= 0x1p112f;
+    memcpy(&bits, &x, 4);
+  }
+  bits |= sign;
+  memcpy(&x, &bits, 4);
+  return x;
+}
 
 inline void first_turn() {
   Block* block = here();

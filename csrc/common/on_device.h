@@ -40,6 +40,12 @@ PTM_BODY T part_sum(T x) {
     if (MASK & m) x += __shfl_xor_sync(0xffffffffu, x, m);
   return x;
 }
+// Of `lanes` neighbours, a power of two; all lanes call it with the same number.
+template <class T, class F>
+PTM_BODY T part_fold(int lanes, T x, F f) {
+  for (int m = lanes >> 1; m > 0; m >>= 1) x = f(x, __shfl_xor_sync(0xffffffffu, x, m));
+  return x;
+}
 // The lanes that have the same number, as bits.
 PTM_BODY uint32_t alike(int x) { return __match_any_sync(0xffffffffu, x); }
 PTM_BODY int count_bits(uint32_t x) { return __popc(x); }
@@ -63,6 +69,11 @@ PTM_BODY float root(float a) { return __fsqrt_rn(a); }
 PTM_BODY float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 PTM_BODY float power2(float x) { return exp2f(x); }
 PTM_BODY float power_e(float x) { return expf(x); }
+PTM_BODY float from_half(uint16_t x) {
+  float wide;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(x));
+  return wide;
+}
 
 template <class Body>
 __global__ void __launch_bounds__(Body::THREADS) run(const Body body) {

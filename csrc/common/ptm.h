@@ -69,7 +69,7 @@ extern "C" void ptm_run_parts(int64_t parts, int64_t threads, void (*part)(void*
 #if defined(__CUDACC__)
 #define PTM_BOTH __host__ __device__ __forceinline__
 #else
-#define PTM_BOTH inline
+#define PTM_BOTH inline __attribute__((always_inline))
 #endif
 
 namespace PTM_NAMESPACE {

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ptm.bench.kernel_case import Case, Run, ours
-from ptm.kernels.pieces import add_pieces_norm
+from ptm.kernels.pieces import add_pieces_norms
 from ptm.kernels.rmsnorm import add_rms_norm, rms_norm_reference
 from ptm.kernels.rope import rope_angles, rope_reference
 from ptm.kernels.rope import rope_qk as turn
@@ -139,8 +139,10 @@ def add_pieces_cases() -> Iterator[Case]:
 
         def put(parts: Sequence[Tensor] = parts) -> Sequence[Tensor]:
             total = torch.empty(count, chunk)
-            norms = [add_pieces_norm(t, p, replaces=True) for t, p in zip(total, parts)]
-            return [total, torch.stack(norms)]
+            norms = [
+                add_pieces_norms(t, p, replaces=True, chunk=chunk) for t, p in zip(total, parts)
+            ]
+            return [total, torch.cat(norms)]
 
         def torchs(parts: Sequence[Tensor] = parts) -> Sequence[Tensor]:
             total = torch.empty(count, chunk)

@@ -34,7 +34,7 @@ from ptm.engine.states import PagedStates
 from ptm.engine.stream import CHUNK, Event
 from ptm.engine.timing import Timing
 from ptm.engine.weights import Gathered
-from ptm.kernels.pieces import add_pieces, add_pieces_norm, sum_pieces
+from ptm.kernels.pieces import add_pieces, add_pieces_norms, sum_pieces
 from ptm.mesh.collectives import PendingSum, scatter_sum
 from ptm.mesh.mesh import Mesh
 
@@ -261,23 +261,15 @@ class Grads:
         states, streams, done = self.states, self.states.streams, landing.done
         first, last = group.base, group.base + group.shard_numel
         middle = min(max(first, states.resident.grads * states.pages.grads.per_page), last)
-        if streams.has_device:  # what moves is one piece
-            pieces_NS = sum_pieces(pieces_NS)[None]
         with states.grads(write=True) as grads:
             for start, stop in states.ranges(first, middle, states.pages.grads, wide=True):
                 total = grads.field(torch.float32, 0, grads.move(start), stop - start)
-                piece_1C = pieces_NS[:1, start - first : stop - first]
-                add_pieces(total, piece_1C, replaces=done.replaces)
-                if done.is_last:  # pieces as on the host
-                    norms = torch._foreach_norm(  # type: ignore[reportPrivateImportUsage]
-                        total.split(CHUNK), 2, dtype=torch.float64
-                    )
-                    done.unit.norms.append(torch.stack(norms))
+                self._put(done, total, pieces_NS[:, start - first : stop - first])
         rest_NS = pieces_NS[:, middle - first :]
         if landing.room is not None and middle < last:
             used = sum(part.pieces_NS.numel() for part in landing.parts)
             room = landing.room[used : used + last - middle]
-            streams.copy(room, rest_NS[0])
+            streams.copy(room, sum_pieces(rest_NS))  # what moves is one piece
             rest_NS = room[None]
         if middle < last:
             landing.parts.append(Part(middle, rest_NS))
@@ -289,12 +281,14 @@ class Grads:
         with states.grads(write=True) as grads:
             for start, stop in states.ranges(part.start, last, states.pages.grads):
                 total = grads.field(torch.float32, 0, grads.move(start), stop - start)
-                pieces_NC = part.pieces_NS[:, start - part.start : stop - part.start]
-                if done.is_last:
-                    norm = add_pieces_norm(total, pieces_NC, replaces=done.replaces)
-                    done.unit.norms.append(norm[None])
-                else:
-                    add_pieces(total, pieces_NC, replaces=done.replaces)
+                self._put(done, total, part.pieces_NS[:, start - part.start : stop - part.start])
+
+    def _put(self, done: UnderWay, total_C: Tensor, pieces_NC: Tensor) -> None:
+        if done.is_last:  # norms are of the same pieces on a device and on the host
+            norms = add_pieces_norms(total_C, pieces_NC, replaces=done.replaces, chunk=CHUNK)
+            done.unit.norms.append(norms)
+        else:
+            add_pieces(total_C, pieces_NC, replaces=done.replaces)
 
     @property
     def square(self) -> float:

@@ -3,6 +3,9 @@
 The grids and their reference are ptm/quant/grid.py's, without candidates and with scales in fp16:
 `bits` 4 and 8 are integers, with zero points where not symmetric, 6 a sign, 5 - `mantissa` bits of
 exponent and `mantissa` bits. The bits are the reference's.
+
+On a GPU nothing waits for what the kernel finds: a group with a weight that is not finite, or too
+large for its scale, becomes NaN, which the guard of a training step sees in the loss.
 """
 
 from __future__ import annotations
@@ -21,14 +24,15 @@ torch.library.define(
 )
 
 
-@torch.library.impl("ptm::fake_quant", "CPU")
+@torch.library.impl("ptm::fake_quant", native.DEVICES)
 def _forward(w: Tensor, bits: int, mantissa: int, group: int, symmetric: bool) -> Tensor:
     w = w.contiguous()
-    out, is_wild = torch.empty_like(w), torch.zeros(1, dtype=torch.int32)
+    out = torch.empty_like(w)
+    is_wild = torch.zeros(1, dtype=torch.int32) if w.device.type == "cpu" else None
     K = w.shape[-1]
     native.call("fake_quant", w, out, w.numel() // max(K, 1), K, group, bits, mantissa,
                 int(symmetric), is_wild, int(w.dtype is torch.bfloat16))  # fmt: skip
-    if is_wild.item():
+    if is_wild is not None and is_wild.item():
         raise ValueError(NOT_FINITE)
     return out
 
@@ -48,6 +52,7 @@ torch.library.register_autograd("ptm::fake_quant", _differentiate)
 def fake_quant(w: Tensor, *, bits: int, mantissa: int, group: int, symmetric: bool) -> Tensor:
     """(..., K) fp32 or bf16, dense -> the same shape and type.
 
-    Raises: ValueError where a weight is not finite, or a scale overflows fp16.
+    Raises: ValueError where a weight is not finite, or a scale overflows fp16; on a GPU the group
+    is NaN then.
     """
     return torch.ops.ptm.fake_quant(w, bits, mantissa, group, symmetric)

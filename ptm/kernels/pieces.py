@@ -1,7 +1,7 @@
 """Pieces of a gradient from all ranks added up into a page in one visit (csrc/add_pieces).
 
 Elsewhere, and where there is no kernel, torch does it in one visit a rank, another where the pieces
-are bf16, and one more for the norm.
+are bf16, and one more for the norms.
 """
 
 from __future__ import annotations
@@ -20,19 +20,22 @@ def add_pieces(total_C: Tensor, pieces_NC: Tensor, *, replaces: bool) -> None:
     Shapes: total_C (C,) fp32; pieces_NC (N, C) fp32 or bf16, N >= 1.
     """
     if _serves(total_C, pieces_NC):
-        _call(total_C, pieces_NC, replaces, None)
+        _call(total_C, pieces_NC, replaces, None, 0)
     else:
         _reference(total_C, pieces_NC, replaces)
 
 
-def add_pieces_norm(total_C: Tensor, pieces_NC: Tensor, *, replaces: bool) -> Tensor:
-    """As add_pieces; returns the 2-norm of `total_C` as it is then, () fp64. Modifies: total_C."""
+def add_pieces_norms(total_C: Tensor, pieces_NC: Tensor, *, replaces: bool, chunk: int) -> Tensor:
+    """As add_pieces; returns the 2-norms of `total_C` as it is then, one for each `chunk` elements,
+    a multiple of 16,384: (C / chunk, rounded up) fp64. Modifies: total_C."""
     if _serves(total_C, pieces_NC):
-        square = torch.empty(1, dtype=torch.float64)
-        _call(total_C, pieces_NC, replaces, square)
-        return square.sqrt_()[0]
+        squares = total_C.new_empty(-(-len(total_C) // chunk), dtype=torch.float64)
+        _call(total_C, pieces_NC, replaces, squares, chunk)
+        return squares.sqrt_()
     _reference(total_C, pieces_NC, replaces)
-    return torch.linalg.vector_norm(total_C, dtype=torch.float64)
+    parts = total_C.split(chunk)
+    norms = torch._foreach_norm(parts, 2, dtype=torch.float64)  # type: ignore[reportPrivateImportUsage]
+    return torch.stack(norms)
 
 
 def sum_pieces(pieces_NC: Tensor) -> Tensor:
@@ -47,17 +50,19 @@ def sum_pieces(pieces_NC: Tensor) -> Tensor:
 
 def _serves(total_C: Tensor, pieces_NC: Tensor) -> bool:
     return (
-        total_C.device.type == pieces_NC.device.type == "cpu"
+        total_C.device == pieces_NC.device
         and pieces_NC.dtype in (torch.float32, torch.bfloat16)
         and pieces_NC.stride(1) == 1
-        and native.has("add_pieces")
+        and native.has("add_pieces", total_C.device.type)
     )
 
 
-def _call(total_C: Tensor, pieces_NC: Tensor, replaces: bool, square: Tensor | None) -> None:
+def _call(
+    total_C: Tensor, pieces_NC: Tensor, replaces: bool, squares: Tensor | None, chunk: int
+) -> None:
     native.call(
         "add_pieces", pieces_NC[0], len(pieces_NC), pieces_NC.stride(0), total_C, len(total_C),
-        int(replaces), square, int(pieces_NC.dtype is torch.bfloat16),
+        int(replaces), squares, chunk, int(pieces_NC.dtype is torch.bfloat16),
     )  # fmt: skip
 
 

@@ -23,7 +23,8 @@ from ptm.kernels import native
 native.declare("wq_linear", "wq_moe")
 
 PANEL, STEP = 16, 32  # outputs and inputs are padded to these
-CUDA_ROWS = 8  # the CUDA kernel reads all codes once a row, which is for decoding
+CUDA_ROWS = 8  # the CUDA kernels read a weight's codes once for 4 rows, which is for decoding
+CUDA_EXPERTS = 512  # MAX_E of csrc/moe_plan/plan.h
 
 
 @dataclass(frozen=True)
@@ -130,10 +131,15 @@ def wq_linear_reference(x: Tensor, weight: PackedWeight) -> Tensor:
 
 def wq_linear(x: Tensor, weight: PackedWeight) -> Tensor:
     """x @ w^T. Shapes: x (..., K) bf16 or fp32 -> (..., N) in x's type."""
-    is_few = x.device.type == "cpu" or x.numel() <= CUDA_ROWS * x.shape[-1]
-    if is_few and native.serves("wq_linear", x):
+    if serves_linear(x):
         return torch.ops.ptm.wq_linear(x, *_tensors(weight), *_numbers(weight))
     return wq_linear_reference(x, weight)
+
+
+def serves_linear(x: Tensor) -> bool:
+    """Whether a kernel multiplies these rows with a packed weight."""
+    is_few = x.device.type == "cpu" or x.numel() <= CUDA_ROWS * x.shape[-1]
+    return is_few and native.serves("wq_linear", x)
 
 
 def wq_moe_reference(
@@ -159,10 +165,17 @@ def wq_moe(
     of one number of bits -> (T, D) in x's type.
     """
     assert w1.bits == w2.bits and w1.scale.dtype == w2.scale.dtype, (w1.bits, w2.bits)
-    if native.serves("wq_moe", x_TD):
+    if serves_moe(x_TD, ids_TA, len(w1.codes)):
         return torch.ops.ptm.wq_moe(x_TD, ids_TA, weights_TA, *_tensors(w1)[:3], w1.group,
                                     *_tensors(w2), w2.group, w1.bits, w2.num_inputs)  # fmt: skip
     return wq_moe_reference(x_TD, ids_TA, weights_TA, w1, w2)
+
+
+def serves_moe(x_TD: Tensor, ids_TA: Tensor, num_experts: int) -> bool:
+    """Whether a kernel takes these rows through packed experts: on a GPU a few for each, in the
+    mean, as their counts are known to the device alone."""
+    few = num_experts <= CUDA_EXPERTS and ids_TA.numel() <= CUDA_ROWS * num_experts
+    return (x_TD.device.type == "cpu" or few) and native.serves("wq_moe", x_TD)
 
 
 def _tensors(weight: PackedWeight) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
@@ -266,7 +279,7 @@ def _linear_result(x, codes, scale, zero, values, bits: int, group: int, num_out
     return x.new_empty((*x.shape[:-1], num_outputs))
 
 
-@torch.library.impl("ptm::wq_moe", "CPU")
+@torch.library.impl("ptm::wq_moe", native.DEVICES)
 def _moe(x, ids, weights, codes1, scale1, zero1, group1: int, codes2, scale2, zero2, values,
          group2: int, bits: int, num_inner: int):  # fmt: skip
     x = x.contiguous()

@@ -44,7 +44,8 @@ class _FakeQuant(torch.autograd.Function):
 def fake_quant(w: Tensor, grid: Grid) -> Tensor:
     """The weight's nearest on the grid, in its type; the gradient goes straight through.
 
-    Raises: ValueError where a weight is not finite, or too large for the type of its scale.
+    Raises: ValueError where a weight is not finite, or too large for the type of its scale; where
+    the kernel of a GPU serves such a group is NaN instead, as nothing waits for it.
     """
     if grid.scale_dtype is torch.float16 and native.serves("fake_quant", w):
         mantissa = 0 if grid.is_int else grid.mantissa_bits

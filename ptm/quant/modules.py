@@ -20,6 +20,8 @@ from ptm.kernels.quant_linear import (
     STEP,
     PackedWeight,
     pack,
+    serves_linear,
+    serves_moe,
     stack,
     unpack,
     wq_linear,
@@ -62,7 +64,7 @@ def product(x: Tensor, weight: Weight) -> Tensor:
     """x (..., K) times the transposed weight, (..., N) in x's type."""
     if not isinstance(weight, PackedWeight):
         return F.linear(x, weight.to(x.dtype))
-    if x.device.type == "cpu":
+    if x.device.type == "cpu" or serves_linear(x):
         return wq_linear(x, weight)
     return F.linear(x, unpack(weight).to(x.dtype))
 
@@ -95,7 +97,7 @@ class QuantExperts(nn.Module):
 
     def run(self, x_TD: Tensor, routing: Routing, experts: Any = None) -> Tensor:
         """As a Dispatcher's: each token's experts, weighted and added up, (T, D)."""
-        if self.stacked is not None and x_TD.device.type == "cpu":
+        if self.stacked is not None and self._is_one_product(x_TD, routing.ids_TA):
             return wq_moe(x_TD, routing.ids_TA, routing.weights_TA, *self.stacked)
         y_TD = torch.zeros_like(x_TD)
         for e in routing.ids_TA.unique().tolist():
@@ -105,6 +107,10 @@ class QuantExperts(nn.Module):
             out = product(F.silu(gate) * up, w2)
             y_TD.index_add_(0, token, out * routing.weights_TA[token, slot, None].to(out.dtype))
         return y_TD
+
+    def _is_one_product(self, x_TD: Tensor, ids_TA: Tensor) -> bool:
+        assert self.stacked is not None
+        return x_TD.device.type == "cpu" or serves_moe(x_TD, ids_TA, len(self.stacked[0].codes))
 
     def of(self, e: int) -> tuple[Weight, Weight]:
         """The two matrices of expert e."""

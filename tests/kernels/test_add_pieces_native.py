@@ -7,10 +7,12 @@ import math
 import pytest
 import torch
 
+from ptm.common.errors import KernelError
 from ptm.kernels import native
-from ptm.kernels.pieces import add_pieces, add_pieces_norm, sum_pieces
+from ptm.kernels.pieces import add_pieces, add_pieces_norms, sum_pieces
 from tests.support.native import each_isa, needs_library, poisoned, same_bits
 
+CHUNK = 16_384
 SIZES = [1, 7, 16, 100, 16_384, 40_001]
 
 
@@ -35,11 +37,12 @@ def _check(num_pieces, size, replaces, dtype):
     found = total.clone()
     add_pieces(found, pieces, replaces=replaces)
     assert torch.equal(found, wanted)
-    found = total.clone()
-    norm = add_pieces_norm(found, pieces, replaces=replaces)
-    assert torch.equal(found, wanted) and norm.dtype is torch.float64 and norm.shape == ()
-    exact = math.sqrt(math.fsum(x * x for x in wanted.double().tolist()))
-    assert float(norm) == pytest.approx(exact, rel=1e-13)
+    for chunk in (CHUNK, 4 * CHUNK):
+        found = total.clone()
+        norms = add_pieces_norms(found, pieces, replaces=replaces, chunk=chunk)
+        assert torch.equal(found, wanted) and norms.dtype is torch.float64
+        exact = [math.fsum(x * x for x in part.tolist()) for part in wanted.double().split(chunk)]
+        assert norms.tolist() == pytest.approx([math.sqrt(square) for square in exact], rel=1e-13)
     assert torch.equal(sum_pieces(pieces).float(), _by_hand(total, pieces, True))
 
 
@@ -65,11 +68,20 @@ def test_without_a_kernel_too(replaces, dtype):
 def test_a_norm_tells_what_is_not_finite(bad):
     pieces = torch.ones(2, 1000)
     pieces[1, 999] = bad
-    norm = add_pieces_norm(torch.empty(1000), pieces, replaces=True)
-    assert not math.isfinite(float(norm))
+    norms = add_pieces_norms(torch.empty(1000), pieces, replaces=True, chunk=CHUNK)
+    assert norms.shape == (1,) and not norms.isfinite()
 
 
 @needs_library
-def test_the_norm_is_the_same_on_any_number_of_threads():
+def test_norms_are_the_same_on_any_number_of_threads():
     total, pieces = _cases(2, 100_001, torch.bfloat16)
-    same_bits(lambda: [add_pieces_norm(total.clone(), pieces, replaces=False)])
+    for chunk in (CHUNK, 8 * CHUNK):
+        same_bits(
+            lambda n=chunk: [add_pieces_norms(total.clone(), pieces, replaces=False, chunk=n)]
+        )
+
+
+@needs_library
+def test_a_chunk_that_parts_do_not_fill_is_refused():
+    with pytest.raises(KernelError, match="add_pieces: shapes it cannot do"):
+        add_pieces_norms(torch.empty(8), torch.ones(1, 8), replaces=True, chunk=1000)

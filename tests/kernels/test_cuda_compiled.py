@@ -12,18 +12,25 @@ from tests.support.emulated import build_script, cuda_sources
 needs_nvcc = pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
 # A kernel's name has the widths that it is made for; these read rows, so must have the wide ones.
 WIDE = {
-    "adamw": ("Sweep",),
-    "moe_plan": (),
-    "rmsnorm": ("Forward", "Backward"),
-    "rope": ("Turn",),
-    "router": (),
-    "wq": ("Linear",),
+    "adamw/cuda": ("Sweep",),
+    "add_pieces/cuda": ("Add",),
+    "fake_quant/cuda": ("OnGrid",),
+    "moe_plan/cuda": (),
+    "rmsnorm/cuda": ("Forward", "Backward"),
+    "rope/cuda": ("Turn",),
+    "router/cuda": (),
+    "wq/cuda": ("Linear",),
+    "wq/cuda_moe": ("Inner", "Outer", "Combine"),
 }
+
+
+def name_of(source):
+    return f"{source.parent.name}/{source.stem}"
 
 
 @pytest.mark.slow
 @needs_nvcc
-@pytest.mark.parametrize("source", cuda_sources(), ids=lambda source: source.parent.name)
+@pytest.mark.parametrize("source", cuda_sources(), ids=name_of)
 def test_machine_code(source, tmp_path):
     jobs = {job[0]: job[2] for job in build_script().cuda_jobs(shutil.which("nvcc"))}
     command = [*jobs[source], "-Xptxas=-v", "-keep", f"-keep-dir={tmp_path}", "-c", str(source)]
@@ -40,7 +47,7 @@ def test_machine_code(source, tmp_path):
         [ptx] = tmp_path.glob(f"*{architecture}.ptx")
         kernels = dict(re.findall(r"\.entry (\w+)\((.*?\n\})", ptx.read_text(), flags=re.DOTALL))
         assert kernels
-        for name in WIDE[source.parent.name]:
+        for name in WIDE[name_of(source)]:
             of = [body for kernel, body in kernels.items() if name in kernel]
             wide = [body for body in of if re.search(r"ld\.global\.v4\.[a-z]32", body)]
             assert len(wide) >= 2, (name, list(kernels))  # fp32 and bf16

@@ -1,6 +1,8 @@
 """Products with quantized weights against fp64, on every instruction set here, and layouts that are
 exact."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
@@ -85,6 +87,17 @@ def test_the_product_with_unpacked_weights(isa, grid, dtype):
 
 
 @each_isa
+@each_grid
+def test_long_rows(isa, grid):
+    for T, N, K in [(1, 33, 2336), (5, 17, 1100)]:
+        packed, q = drawn(N, K, grid)
+        x = rows(T, K, dtype=torch.float32)
+        expected = x.double() @ q.dequantize().double().t()
+        with native.forced(isa), poisoned():
+            assert error(wq_linear(x, packed), expected) <= 3e-6, (T, N, K)
+
+
+@each_isa
 def test_each_output_is_near_not_only_their_norm(isa):
     # bf16 rows, one rounding at the end: no output is off by more than that and fp32 sums.
     packed, q = drawn(40, 256, GRIDS[0])
@@ -110,6 +123,14 @@ def experts(E: int, N: int, K: int, grid: Grid) -> PackedWeight:
     return stack([drawn(N, K, grid, seed=e)[0] for e in range(E)])
 
 
+def _spread_over(weight: PackedWeight, E: int) -> dict[str, Tensor | None]:
+    """Of one expert, for E that differ in their scales."""
+    size = torch.linspace(0.5, 2, E).view(E, 1, 1, 1)
+    scale = (weight.scale.float() * size).to(weight.scale.dtype)
+    zero = None if weight.zero is None else weight.zero.repeat(E, 1, 1, 1)
+    return {"codes": weight.codes.repeat(E, 1, 1), "scale": scale, "zero": zero}
+
+
 def routed(T: int, A: int, E: int) -> tuple[Tensor, Tensor]:
     draw = torch.Generator().manual_seed(3)
     ids = torch.rand(T, E, generator=draw).argsort(dim=1)[:, :A].contiguous()
@@ -130,6 +151,20 @@ def test_experts_over_routed_rows(isa, grid, dtype):
         with native.forced(isa), poisoned():
             found = wq_moe(x, ids, weights, w1, w2)
         assert found.dtype is dtype and error(found, expected) <= 2 * BOUND[dtype], T
+
+
+@each_isa
+@pytest.mark.parametrize("grid", [GRIDS[0], GRIDS[3], GRIDS[5]], ids=lambda g: str(g.kind))
+def test_a_few_rows_of_many_experts(isa, grid):
+    E, D, inner = 40, 1088, 32
+    one = [experts(1, 2 * inner, D, grid), experts(1, D, inner, grid)]
+    w1, w2 = (dataclasses.replace(w, **_spread_over(w, E)) for w in one)
+    ids = torch.tensor([[39, 0], [33, 39], [39, 32], [31, 39], [2, 39]])  # five rows of the last
+    weights, x = torch.rand(5, 2, generator=torch.Generator().manual_seed(2)), rows(5, D)
+    expected = wq_moe_reference(x, ids, weights, w1, w2)
+    with native.forced(isa), poisoned():
+        found = wq_moe(x, ids, weights, w1, w2)
+    assert error(found, expected) <= 2 * BOUND[x.dtype]
 
 
 @each_isa

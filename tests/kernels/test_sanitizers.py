@@ -1,7 +1,6 @@
 """The compiled kernels' own tests again, in a library that the compiler watches for accesses out of
 bounds and for undefined behaviour."""
 
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from ptm.common import env
+from tests.support.asan import asan, needs_asan
 from tests.support.native import needs_library
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,26 +41,14 @@ native.call("roofline_triad", x, x, x, 64 + 16)
 """
 
 
-def preload() -> str:
-    """Python itself is not built for the sanitizer, whose library must come first; with it that of
-    C++, or it does not find what throws where torch passes on a refusal."""
-    found = []
-    for name in ("libasan.so", "libstdc++.so"):
-        command = ["g++", f"-print-file-name={name}"]
-        found.append(subprocess.run(command, capture_output=True, text=True).stdout.strip())
-    return " ".join(found)
-
-
 @pytest.mark.slow
 @needs_library
-@pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
+@needs_asan
 def test_no_kernel_leaves_its_memory(tmp_path):
-    if not all(Path(path).is_absolute() for path in preload().split()):
-        pytest.skip("this g++ has no libasan")
     command = [sys.executable, "-c", BUILD, tmp_path, *WATCHED]
     subprocess.run(command, cwd=ROOT, check=True, timeout=600)
     variables = env.child(
-        LD_PRELOAD=preload(),
+        LD_PRELOAD=" ".join(asan()),
         ASAN_OPTIONS="detect_leaks=0:halt_on_error=1",
         UBSAN_OPTIONS="halt_on_error=1:print_stacktrace=1",
         OMP_NUM_THREADS="1",
