@@ -54,4 +54,10 @@ inline Room& room() {
   return mine;
 }
 
+// Another one, of the thread that calls an op, for what all its parts share.
+inline Room& room_of_op() {
+  thread_local Room mine;
+  return mine;
+}
+
 }  // namespace PTM_NAMESPACE

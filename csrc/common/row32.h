@@ -83,4 +83,17 @@ inline void add(float* to, const float* from) {
   for (int i = 0; i < 16; i += W) store(to + i, load(to + i) + load(from + i));
 }
 
+// Gradients of weights: rounded to bf16, or in fp32, over what is there or added to it
+enum Into : int64_t { kRounded, kExact, kAdded };
+
+// 32 sums to element `at`
+inline void put_sums(Into into, void* to, int64_t at, const float* first, const float* second) {
+  if (into == kRounded) return stream((bf16*)to + at, rounded(first, second));
+  for (int half = 0; half < 2; half++) {
+    float* there = (float*)to + at + 16 * half;
+    const float* from = half ? second : first;
+    into == kExact ? stream(there, from) : add(there, from);
+  }
+}
+
 }  // namespace PTM_NAMESPACE

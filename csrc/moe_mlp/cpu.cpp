@@ -128,9 +128,6 @@ struct Forward {
   }
 };
 
-// Gradients of weights: rounded to bf16, or in fp32, over what is there or added to it
-enum Into : int64_t { kRounded, kExact, kAdded };
-
 struct Backward {
   Shape s;
   Plan plan;

@@ -34,7 +34,14 @@ from rich.progress import (
 from rich.table import Table
 from torch import Tensor
 
-from ptm.bench import kernel_attention, kernel_chart, kernel_moe, kernel_products, kernel_rows
+from ptm.bench import (
+    kernel_attention,
+    kernel_chart,
+    kernel_lfa,
+    kernel_moe,
+    kernel_products,
+    kernel_rows,
+)
 from ptm.bench.kernel_case import Case
 from ptm.common.errors import RecipeError, StorageError, line
 from ptm.jobs import KernelBenchJob
@@ -45,6 +52,7 @@ CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "rope_qk": kernel_rows.rope_qk,
     "attn_router": kernel_rows.attn_router,
     "attention": kernel_attention.attention,
+    "lfa": kernel_lfa.lfa_cases,
     "moe_mlp": kernel_moe.moe_mlp,
     "wq_linear": kernel_products.wq_linear_cases,
     "linear_ce": kernel_products.linear_ce,

@@ -24,6 +24,7 @@ from __future__ import annotations
 import torch
 
 from ptm.kernels import attention as attention_kernel
+from ptm.kernels import lfa as lfa_kernel
 from ptm.kernels import loss as loss_kernel
 from ptm.kernels import moe_mlp as moe_kernel
 from ptm.kernels.linear import product_dtype
@@ -104,20 +105,33 @@ def saved_by_layer(job: Job) -> int:
     """What one layer keeps for its backward, in the order of the forward."""
     m, c, T = job.model, job.compute_bytes, job.micro_rows * job.seq_len
     D, P, E, A = m.hidden_size, m.attention_projection_size, m.num_experts, m.num_experts_per_tok
-    # A product keeps its rows for the gradient of its weight only.
-    pairs = 3 * D if _trains(job, "lfa") else 0  # of conv1 and of conv2
-    filtered = D + D + pairs + D + D  # input, normed, sum, z
     keeps_result = _has_attention_kernel(job) or _trains(job, "o")
     attention = 3 * P + (P if keeps_result else 0)  # queries, keys, values, result
     moe_input = D + (D if _trains(job, "experts") else 0)  # residual, normed
-    rows = T * c * (filtered + attention + moe_input)
-    taps = 2 * D * D * c  # both convolutions as matrices
+    rows = T * c * (attention + moe_input)
     scales = 3 * T * FP32
     scores = 3 * E if m.router is RouterKind.attention else E
     router = T * (scores + E + A) * FP32 + 2 * T * A * INT64
     router += 3 * E * D * c if m.router is RouterKind.attention else 0
-    own = rows + _kept_scores(job) + taps + scales + router + _expert_rows(job)
+    own = _filter(job) + rows + _kept_scores(job) + scales + router + _expert_rows(job)
     return own + _changed_weights(job)
+
+
+def _filter(job: Job) -> int:
+    """A layer up to its queries: its input, normed, what the filter keeps, z."""
+    m, T = job.model, job.micro_rows * job.seq_len
+    D = m.hidden_size
+    if _has_filter_kernel(job):
+        return job.compute_bytes * T * (2 * D + D // 2 + D + D)  # c, and the norm's input
+    # A product keeps its rows for the gradient of its weight only: pairs of conv1 and of conv2.
+    pairs = 3 * D if _trains(job, "lfa") else 0
+    taps = 2 * D * D  # both convolutions as matrices
+    return job.compute_bytes * (T * (2 * D + pairs + D + D) + taps)
+
+
+def _has_filter_kernel(job: Job) -> bool:
+    is_bf16 = job.device == "cpu" and job.compute_bytes == 2
+    return is_bf16 and lfa_kernel.fits(torch.bfloat16, job.model.hidden_size)
 
 
 def _trains(job: Job, role: str) -> bool:
@@ -230,7 +244,7 @@ def _attention_backward(job: Job) -> int:
     blocks = held * block + masks if job.device == "cpu" else 0
     if _has_attention_kernel(job):
         blocks = T * P * c  # gradients of q and k before and after their rotation, and of v
-    return T * c * (7 * D + 3 * P) + kept + 2 * D * D * c + T * c * (2 * D + 4 * P) + blocks
+    return _filter(job) + T * c * 3 * P + kept + T * c * (2 * D + 4 * P) + blocks
 
 
 def _shared(job: Job) -> int:

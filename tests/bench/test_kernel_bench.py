@@ -6,7 +6,7 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 import torch
 
-from ptm.bench import kernel_moe, kernel_products, kernels
+from ptm.bench import kernel_lfa, kernel_moe, kernel_products, kernels
 from ptm.bench.kernel_case import Case
 from ptm.common.errors import RecipeError, StorageError
 from ptm.jobs import KernelBenchJob
@@ -60,6 +60,7 @@ def test_the_contestants_of_every_op_agree_with_fp64(op, monkeypatch):
     # As large, torch takes 12 minutes for the heads where the CPU has no products of bf16.
     monkeypatch.setattr(kernel_products, "HEADS", [(256, 256, 2048)])
     monkeypatch.setattr(kernel_moe, "SHAPES", [(512, 256, 512, 32, 2)])
+    monkeypatch.setattr(kernel_lfa, "SHAPES", [(2, 150, 256)])
     for case in kernels.CASES[op]():
         exact = case.exact()
         for name, run in case.contestants.items():
