@@ -69,8 +69,8 @@ def moe_mlp_reference(
 
 
 class Kept(NamedTuple):
-    """What `backward_rows` wants from `forward_rows`: of the kernel x (Q, D), hidden (Q, 2F; its order
-    is the kernel's own), order and starts; of the reference x and hidden in groups, slots and where
+    """What `backward_rows` wants from `forward_rows`: of the kernel x (Q, D), hidden (Q, 2F, in an
+    order of its own), order and starts; of the reference x and hidden in groups, slots and where
     the groups end."""
 
     x: Tensor
