@@ -24,6 +24,7 @@ struct Tiles {
       config.bytes[i] = 64;
       config.rows[i] = uint8_t(i < 4 ? rows : 16);
     }
+    asm volatile("" : : "r"(&config) : "memory");  // GCC thinks that only 8 bytes are read
     _tile_loadconfig(&config);
   }
   ~Tiles() { _tile_release(); }

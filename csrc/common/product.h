@@ -175,12 +175,11 @@ inline void product(const Left& a, const uint32_t* b0, const uint32_t* b1, int64
 // The blocks of A, a(0) to a(count - 1), times `pairs` pairs of panels, k deep. done(i, pair, block,
 // piece) uses a finished product, in kPieces; with AMX one product is made while the one before is
 // used, for tiles and vectors are different units. Meanwhile the next block of A comes nearer, if
-// it `lies` somewhere already. `sums` has room for 2 x pairs products; where `both`, those of an
-// even block i, sums[pair], stay until block i + 1 is done.
-constexpr int kPieces = 4;
+// it `lies` somewhere already. `sums` has room for 2 x pairs products.
+constexpr int kPieces = 16;  // small ones: what a step of k cannot hide, the next has to wait for
 
 template <class A, class Done>
-inline void sweep(int64_t count, A a, bool lies, bool both, const uint32_t* b, int64_t k, int64_t pairs,
+inline void sweep(int64_t count, A a, bool lies, const uint32_t* b, int64_t k, int64_t pairs,
                   Block* sums, Done done) {
   const int64_t steps = pairs * (k / kStep), lines = (k * kTile * 2 / 64 + steps - 1) / steps;
   Left left;
@@ -200,7 +199,7 @@ inline void sweep(int64_t count, A a, bool lies, bool both, const uint32_t* b, i
       left.take(part, deep);
       const int64_t each = (kPieces + deep / kStep - 1) / (deep / kStep);
       for (int64_t p = 0; p < pairs; p++) {
-        Block& sum = sums[both || k > kDeep ? (i & 1) * pairs + p : (i * pairs + p) & 1];
+        Block& sum = sums[k > kDeep ? (i & 1) * pairs + p : (i * pairs + p) & 1];
         if (pairs == 1) use(kPieces);
         const uint32_t* b0 = b + 2 * p * panel(k) + panel(j);
         product(left, b0, b0 + panel(k), deep, j > 0, sum, ahead, [&] { use(each); });

@@ -7,7 +7,8 @@
 //   x gathered -> columns     G, U (16 rows each) x columns -> silu(g) u, left as columns
 //                             W2 (32 rows)        x columns -> rows, turned back, each to its place
 //
-// The rows of g and u are kept, in bf16, for the backward. Backward, for one expert (rows are A):
+// Pairs (g, u) are kept, in bf16, for the backward: 16 rows x 16 features are one run of memory, or
+// stores past the caches would each open a page of it anew. Backward, for one expert (rows are A):
 //
 //   dy rows x W2 paired   -> dh; with g, u: rows of dg and du, pairs of w h, and <dh, h> = dweight
 //   dg, du rows x W1      -> dx rows, each to its place
@@ -24,6 +25,8 @@ namespace PTM_NAMESPACE {
 
 constexpr int64_t kCache = 1 << 18;   // bytes of weights in pairs at a time
 constexpr int64_t kRows = 512;        // rows of one expert at a time, forward
+constexpr int kHalf = kPieces / 2, kRowsOfPiece = 32 / kPieces;
+static_assert(kRowsOfPiece == 2, "a piece of dh is one pair of rows");
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -37,15 +40,18 @@ struct Plan {
   const int64_t *order, *starts;
 };
 
+// From row to row of A that we lay out: at a power of two they would share a few sets of the L1
+inline int64_t stride(int64_t k) { return k + kStep; }
+
 // Rows k of a weight, columns [from, from + n) -> panels
-inline void paired(const bf16* w, int64_t k, int64_t stride, int64_t from, int64_t n, uint32_t* to) {
+inline void paired(const bf16* w, int64_t k, int64_t row_size, int64_t from, int64_t n, uint32_t* to) {
   for (int64_t j = 0; j < k; j += 2) {
-    const bf16* row = w + j * stride + from;
+    const bf16* row = w + j * row_size + from;
     for (int64_t i = 0; i < n; i += 32) {
-      prefetch(row + 8 * stride + i);
-      prefetch(row + 9 * stride + i);
+      prefetch(row + 8 * row_size + i);
+      prefetch(row + 9 * row_size + i);
     }
-    pair_rows(row, row + stride, n, to + j / 2 * kTile, panel(k));
+    pair_rows(row, row + row_size, n, to + j / 2 * kTile, panel(k));
   }
 }
 
@@ -80,6 +86,12 @@ inline bool sort_rows(const int64_t* ids, int64_t count, int64_t E, int64_t* ord
   return true;
 }
 
+// Block f of the pairs that are kept of 16 rows from `row` on (fewer at the end), of n rows of one
+// expert that begin at `from`.
+inline bf16* kept(bf16* hidden, const Shape& s, int64_t from, int64_t n, int64_t row, int64_t f) {
+  return hidden + (from + row) * 2 * s.F + f * 32 * least(kTile, n - row);
+}
+
 struct Forward {
   Shape s;
   Plan plan;
@@ -102,27 +114,28 @@ struct Forward {
       columns_of(row, s.D, columns + i / kTile * panel(s.D));
     }
     const bf16 *gate = w1 + e * 2 * s.F * s.D, *value = gate + s.F * s.D;
-    sweep(  // 32 rows of G, the same of U, and so on
+    sweep(
         s.F / kTile,
-        [&](int64_t i) { return rows_of((i % 2 ? value : gate) + i / 2 * 32 * s.D, s.D); }, true,
-        true, columns, s.D, pairs, sums, [&](int64_t i, int64_t p, const Block& u, int piece) {
-          if (i % 2 == 0) return;
-          const Block& g = sums[p];
-          const int64_t f = i / 2 * 32, q = piece / 2, row = 32 * p + kTile * q;
-          if (piece % 2 == 0)
-            swiglu(g, u, q, h + row / kTile * panel(s.F) + f / 2 * kTile);
-          else if (hidden)
-            keep(g, u, q, hidden + (from + row) * 2 * s.F + f, s.F, least(kTile, n - row));
+        [&](int64_t i) {
+          return RowsA{gate + i * kTile * s.D, value + i * kTile * s.D, s.D, kStep};
+        },
+        true, columns, s.D, pairs, sums, [&](int64_t i, int64_t p, const Block& c, int piece) {
+          const int64_t q = piece / kHalf, part = piece % kHalf, row = 32 * p + kTile * q;
+          if (part < 4)
+            swiglu(c, q, 4 * part, h + row / kTile * panel(s.F) + i * kTile / 2 * kTile);
+          else if (part == 4 && hidden)
+            keep(c, q, kept(hidden, s, from, n, row, i), least(kTile, n - row));
         });
     const bf16* w = w2 + e * s.D * s.F;
     sweep(
-        s.D / 32, [&](int64_t d) { return rows_of(w + d * 32 * s.F, s.F); }, true, false, h, s.F,
+        s.D / 32, [&](int64_t d) { return rows_of(w + d * 32 * s.F, s.F); }, true, h, s.F,
         pairs, sums, [&](int64_t block, int64_t p, const Block& c, int piece) {
-          if (piece % 2) return;
-          const int64_t q = piece / 2, i = 32 * p + kTile * q;
-          turn_back(c, q, [&](int64_t j, const Row32& row) {
-            if (i + j < n) put(rows + order[i + j] * s.D + block * 32, row);
-          });
+          if (piece % kHalf) return;
+          const int64_t q = piece / kHalf, i = 32 * p + kTile * q;
+          turn_back([&](int64_t f) { return c.c[f >> 4][q][f & 15]; },
+                    [&](int64_t j, const Row32& row) {
+                      if (i + j < n) put(rows + order[i + j] * s.D + block * 32, row);
+                    });
         });
     return true;
   }
@@ -133,8 +146,8 @@ struct Backward {
   Plan plan;
   const bf16 *grad, *x;
   const float* weights;
-  const bf16 *w1, *w2, *hidden;
-  bf16* rows;
+  const bf16 *w1, *w2;
+  bf16 *hidden, *rows;
   float* by_weights;
   char *by_w1, *by_w2;
   Into into;
@@ -153,11 +166,11 @@ struct Backward {
     Room& mine = room();
     const int64_t blocks_needed = most(s.D, s.F) / 16;
     const int64_t weight_dwords = kCache / 4 + 16 * most(s.D, 2 * s.F);
-    if (!mine.reset(padded * (6 * s.D + 6 * s.F + 64 + 4 + 64) + 4 * weight_dwords +
+    if (!mine.reset(padded * (6 * s.D + 6 * s.F + 4 * kStep + 64 + 4 + 64) + 4 * weight_dwords +
                     blocks_needed * int64_t(sizeof(Block)) + 1024))
       return false;
-    bf16 *dy = mine.take<bf16>(padded * s.D), *by_hidden = mine.take<bf16>(padded * 2 * s.F),
-         *block = mine.take<bf16>(32 * padded);
+    bf16 *dy = mine.take<bf16>(padded * stride(s.D)),
+         *by_hidden = mine.take<bf16>(padded * stride(2 * s.F)), *block = mine.take<bf16>(32 * padded);
     uint32_t *h = mine.take<uint32_t>(s.F / 16 * panel(padded)),
              *other = mine.take<uint32_t>(s.D / 16 * panel(padded)),
              *weight = mine.take<uint32_t>(weight_dwords);
@@ -167,9 +180,9 @@ struct Backward {
     for (int64_t i = 0; i < padded; i++) {
       scale[i] = i >= n ? 0.0f : weights ? weights[order[i]] : 1.0f;
       if (i < n)
-        memcpy((void*)(dy + i * s.D), grad + order[i] / s.A * s.D, 2 * s.D);
+        memcpy((void*)(dy + i * stride(s.D)), grad + order[i] / s.A * s.D, 2 * s.D);
       else
-        memset((void*)(dy + i * s.D), 0, 2 * s.D);
+        memset((void*)(dy + i * stride(s.D)), 0, 2 * s.D);
     }
     by_product(e, from, n, padded, dy, weight, by_hidden, h, sums,
                scale, blocks);
@@ -200,17 +213,18 @@ struct Backward {
       const int64_t wide = least(width, s.F - f0);
       paired(w2 + e * s.D * s.F, s.D, s.F, f0, wide, weight);
       sweep(
-          padded / 32, [&](int64_t i) { return rows_of(dy + 32 * i * s.D, s.D); }, false, false, weight, s.D,
-          wide / 32, blocks, [&](int64_t i, int64_t p, const Block& c, int piece) {
+          padded / 32,
+          [&](int64_t i) { return rows_of(dy + 32 * i * stride(s.D), stride(s.D)); }, false, weight,
+          s.D, wide / 32, blocks, [&](int64_t i, int64_t p, const Block& c, int piece) {
             const int64_t column = f0 + 32 * p;
-            for (int64_t j = 8 * piece; j < 8 * piece + 8; j += 2) {
-              const int64_t r = 32 * i + j;
-              const bf16 *first = hidden + (from + least(r, n - 1)) * 2 * s.F + column,
-                         *second = hidden + (from + least(r + 1, n - 1)) * 2 * s.F + column;
-              swiglu_backward(c, j, first, second, s.F, scale + r, sums + 16 * r,
-                              by_hidden + r * 2 * s.F + column,
-                              h + column / 16 * panel(padded) + r / 2 * kTile, panel(padded));
-            }
+            const int64_t j = kRowsOfPiece * piece, r = 32 * i + j;
+            const int64_t first = least(r, n - 1), second = least(r + 1, n - 1);
+            const int64_t q = first / kTile * kTile;
+            const bf16* block = kept(hidden, s, from, n, q, column / kTile);
+            const bf16* two[2] = {block + 32 * (first - q), block + 32 * (second - q)};
+            swiglu_backward(c, j, two, 32 * least(kTile, n - q), s.F, scale + r, sums + 16 * r,
+                            by_hidden + r * stride(2 * s.F) + column, stride(2 * s.F),
+                            h + column / 16 * panel(padded) + r / 2 * kTile, panel(padded));
           });
     }
   }
@@ -223,9 +237,10 @@ struct Backward {
       const int64_t wide = least(width, s.D - d0);
       paired(w1 + e * k * s.D, k, s.D, d0, wide, weight);
       sweep(
-          padded / 32, [&](int64_t i) { return rows_of(by_hidden + 32 * i * k, k); }, false, false, weight, k,
-          wide / 32, blocks, [&](int64_t i, int64_t p, const Block& c, int piece) {
-            for (int64_t r = 8 * piece; r < 8 * piece + 8 && 32 * i + r < n; r++)
+          padded / 32,
+          [&](int64_t i) { return rows_of(by_hidden + 32 * i * stride(k), stride(k)); }, false,
+          weight, k, wide / 32, blocks, [&](int64_t i, int64_t p, const Block& c, int piece) {
+            for (int64_t r = kRowsOfPiece * piece; r < kRowsOfPiece * (piece + 1) && 32 * i + r < n; r++)
               put(rows + order[32 * i + r] * s.D + d0 + 32 * p,
                   rounded(c.c[r >> 4][0][r & 15], c.c[r >> 4][1][r & 15]));
           });
@@ -244,6 +259,8 @@ struct Backward {
         stream((float*)to + at + 16, c1);
       });
       case kAdded: return by_weight_to(a, m, b, n, padded, block, blocks, [&](int64_t at, const float* c0, const float* c1) {
+        for (int64_t next = 32; next < 64; next += 16)  // of the block to come: it is far away
+          __builtin_prefetch((float*)to + at + next, 1);
         add((float*)to + at, c0);
         add((float*)to + at + 16, c1);
       });
@@ -256,11 +273,11 @@ struct Backward {
     sweep(
         m / 32,
         [&](int64_t i) {
-          turned(a + 32 * i, m, padded, block);
+          turned(a + 32 * i, stride(m), padded, block);
           return rows_turned(block, padded);
         },
-        false, false, b, padded, n / 32, blocks, [&](int64_t i, int64_t p, const Block& c, int piece) {
-          for (int64_t r = 8 * piece; r < 8 * piece + 8; r++)
+        false, b, padded, n / 32, blocks, [&](int64_t i, int64_t p, const Block& c, int piece) {
+          for (int64_t r = kRowsOfPiece * piece; r < kRowsOfPiece * (piece + 1); r++)
             to((32 * i + r) * n + 32 * p, c.c[r >> 4][0][r & 15], c.c[r >> 4][1][r & 15]);
         });
   }
@@ -268,6 +285,7 @@ struct Backward {
 
 inline bool fits(const Shape& s) { return s.D % 32 == 0 && s.F % 32 == 0 && s.A > 0; }
 
+// A multiple of 16, so that blocks of kept rows are the same for an expert as a whole
 inline int64_t rows_at_a_time(const Shape& s) {
   return least(kRows, most(64, (5 << 18) / (2 * (s.D + s.F)) / 32 * 32));
 }
@@ -328,7 +346,7 @@ PTM_EXPORT(moe_mlp_backward)
                           (const float*)weights,
                           (const bf16*)w1,
                           (const bf16*)w2,
-                          (const bf16*)hidden,
+                          (bf16*)hidden,
                           (bf16*)(rows ? rows : by_x),
                           (float*)by_weights,
                           (char*)by_w1,

@@ -69,8 +69,9 @@ def moe_mlp_reference(
 
 
 class Kept(NamedTuple):
-    """What `backward_rows` wants from `forward_rows`: of the kernel x (Q, D), hidden (Q, 2F), order
-    and starts; of the reference x and hidden in groups, slots and where the groups end."""
+    """What `backward_rows` wants from `forward_rows`: of the kernel x (Q, D), hidden (Q, 2F, in an
+    order of its own), order and starts; of the reference x and hidden in groups, slots and where
+    the groups end."""
 
     x: Tensor
     hidden: Tensor
