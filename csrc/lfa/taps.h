@@ -71,11 +71,12 @@ inline bool rows_times(const Pairs& a, int64_t begin, int64_t end, const uint32_
   for (int64_t first = 0; first < columns; first += group)
     sweep(
         (end - begin + kBlock - 1) / kBlock,
-        [&](int64_t i) { return a.block(begin + kBlock * i, copy); }, false, false,
+        [&](int64_t i) { return a.block(begin + kBlock * i, copy); }, false,
         panels + first / kTile * panel(k), k, least(group, columns - first) / 32, sums,
         [&](int64_t i, int64_t p, const Block& c, int piece) {
+          constexpr int64_t kRows = kBlock / kPieces;
           const int64_t t = begin + kBlock * i;
-          for (int64_t r = 8 * piece; r < 8 * piece + 8 && t + r < end; r++)
+          for (int64_t r = kRows * piece; r < kRows * (piece + 1) && t + r < end; r++)
             done(t + r, first + 32 * p, c.c[r >> 4][0][r & 15], c.c[r >> 4][1][r & 15]);
         });
   return true;
