@@ -102,9 +102,10 @@ def export(
     if rows_of is not None:
         text = _text(config, walk, rows_of, partial, advance, crew)
         rows = walk.embed(text) if not partial.num_done else _resumed(partial)
-    twin_rows = [x.clone() for x in rows] if rows is not None and config.alpha else None
-    if partial.num_done and twin_rows is not None:
-        twin_rows = _resumed(partial, "twin")
+    twin_rows = None
+    if rows is not None and config.alpha:  # copies: rows of the next layer are made in their place
+        done = partial.num_done
+        twin_rows = _resumed(partial, "twin") if done else [x.clone() for x in rows]
     for layer in range(partial.num_done, walk.num_layers):
         made = Layer(config, walk, layer, grids, advance, crew)
         if text is not None and rows is not None:
