@@ -1,6 +1,6 @@
-// isa: avx512_bf16 amx
+// isa: amx
 // sum += A^T B of rows in bf16, in fp32: what a Hessian is made of. torch rounds such a product to
-// bf16, and without products of bf16 it makes them best in fp32, which is the reference.
+// bf16; where there are no tiles its products in fp32, the reference, are faster than these.
 //
 // Rows come DEEP at a time. They are packed once, columns of A as rows of a product and those of B
 // as its panels; then HIGH blocks of 32 x 32 are made at once, whose part of B, kPiece deep, is in
@@ -78,7 +78,7 @@ PTM_EXPORT(gptq_products)(const bf16* a, const bf16* b, float* sum, int64_t T, i
       for (; i < end; i++) turned(rows_a + i * kStep, M, packed.depth, packed.block(i));
     });
     parallel_for(N / kStep, HIGH, threads, [&](int64_t j, int64_t end) {
-for (; j < end; j++)
+      for (; j < end; j++)
         for (int64_t k = 0; k < packed.depth; k += 2) {
           const bf16* pair = rows_b + k * N + j * kStep;
           pair_rows(pair, pair + N, kStep, packed.columns(j) + panel(k), panel(packed.depth));

@@ -3,7 +3,7 @@ of inputs that a Hessian is made of (csrc/gptq).
 
 The specification is ptm/quant/gptq.py's `_Columns.sweep` and `descend`, and `Grid.errors` of
 ptm/quant/grid.py; the bits are theirs, on every instruction set and any number of threads.
-`products` is `add_products` of ptm/quant/gptq.py where bf16 is multiplied fast: by sums of another
+`products` is `add_products` of ptm/quant/gptq.py where the CPU has tiles: by sums of another
 order, so up to fp32's rounding.
 """
 

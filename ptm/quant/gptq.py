@@ -69,7 +69,7 @@ def one_thread() -> Iterator[None]:
 
 def add_products(a_TM: Tensor, b_TN: Tensor, sum_MN: Tensor) -> None:
     """sum += a^T b of rows of inputs, in fp32; where b is a, only what is not below the diagonal is
-    of use. Rows in bf16 are multiplied as they are where the CPU does so fast (csrc/gptq): torch
+    of use. Rows in bf16 are multiplied as they are where the CPU has tiles (csrc/gptq): torch
     would round every product to bf16, which makes such a matrix indefinite."""
     is_upper = b_TN is a_TM
     if kernels.multiplies(a_TM, b_TN):
@@ -97,7 +97,7 @@ class Hessian:
         self.num_rows += x_TK.shape[0]
 
     def mean(self) -> Tensor:
-        """(K, K) fp32, symmetric."""
+        """(K, K) fp32, symmetric. Modifies: what is below the diagonal of the sum."""
         for i in range(0, len(self.sum_KK), STRIP):
             strip = self.sum_KK[i : i + STRIP, i:]
             square = strip[:, : len(strip)].triu()
