@@ -182,7 +182,7 @@ class GptqBenchJob:
     dtype: PeerDtype | None = None
     "In what peers hold the model; null is their default, as it is stored (bfloat16)."
     out: str = "runs/bench-gptq"
-    "Folder of the model and the exports; those that are there are not made again."
+    "Folder of the model and the exports; those of peers that are there are not made again."
     json: str | None = None
     "File that takes the numbers as JSON."
 

@@ -4,13 +4,15 @@
         (ptm/bench/gptq_child.py)  ->  all folders measured by the same code (gptq_measure.py)
 
 int4, symmetric, groups of 128. A peer runs in the first of the given interpreters that has it, as
-their requirements exclude one another's; where none has it, the table says what installs it. Tools
-that have run with the same settings are read from `out`, not run again.
+their requirements exclude one another's; where none has it, the table says what installs it. Peers
+that have run with the same settings are read from `out` and said to be kept; ptm, whose code
+changes, is run again.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -98,7 +100,11 @@ def _quantize(
     slug = "-".join([one.name.replace(", ", "-"), *map(str, settings.values()), str(job.rows)])
     out = Path(job.out) / slug
     told = out.with_name(f"{slug}.json")
-    if not told.exists():
+    if one.tool == OURS:
+        shutil.rmtree(out, ignore_errors=True)
+        told.unlink(missing_ok=True)
+    is_kept = told.exists()
+    if not is_kept:
         words = [str(workload), str(out), json.dumps(settings)]
         with open(out.with_name(f"{slug}.log"), "w") as log:
             variables = {"OMP_NUM_THREADS": "1", "GPTQMODEL_CPU_WORKERS": "2"}
@@ -109,6 +115,8 @@ def _quantize(
     row = {"name": one.name, "folder": str(out), **json.loads(told.read_text())}
     if "error" in row:
         told.unlink()  # so that it is tried again
+    elif is_kept:
+        row["version"] += ", kept"
     return row
 
 

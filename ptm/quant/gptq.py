@@ -7,9 +7,13 @@ of calibration text, the loss of weights V in place of W is
 
     1 damp          H' = H + damping x mean(diag H), raised tenfold until Cholesky succeeds
     2 scales        fixed before the sweep (static groups), searched with diag(H) as importance
-    3 sweep         inputs in order of diag(H), largest first; with U the upper Cholesky factor of
-                    H'^-1: code the column, then take its error out of the columns behind it,
-                    w[:, j:] -= (w[:, i] - v[:, i]) / U[i, i] x U[i, j:], in blocks of 128 columns
+    3 sweep         inputs in order of diag(H), largest first, in blocks of 128; with H' = R R^T, R
+                    upper, the loss is |(W - V) R|^2: a block b aims at
+                    W_b + (W - V)_before R[before, b] R_bb^-1, the errors of those before it made
+                    good; within it, with U = R_bb^-1: code the column, then take its error out of
+                    the columns behind it, w[:, j:] -= (w[:, i] - v[:, i]) / U[i, i] x U[i, j:].
+                    U is a block of the upper Cholesky factor of H'^-1, so this is GPTQ without the
+                    inverse (QuIP, arXiv 2307.13304, shows the two to be one)
     4 descent       a few passes over the columns: each code becomes the best one with all others
                     as they are, which is exact, as the loss is a parabola in one weight; and so it
                     is in one scale, so between passes each scale becomes the best for its codes
@@ -113,15 +117,23 @@ class Factor:
     mean_KK: Tensor
     damped_KK: Tensor
     order_K: Tensor
-    upper_KK: Tensor
-    "Upper Cholesky factor of the inverse, in that order."
+    root_KK: Tensor
+    "R, upper, of H' = R R^T in that order."
     damping: float
     dead_K: Tensor
 
+    def added(self, x_NK: Tensor) -> float:
+        """trace(x (H' - H) x^T), which is diagonal."""
+        added_K = self.damped_KK.diagonal() - self.mean_KK.diagonal()
+        return float((x_NK.square().sum(0) * added_K).sum(dtype=torch.float64))
+
     def solved(self, b_NK: Tensor) -> Tensor:
         """x of x H' = b."""
-        x_NK = torch.empty_like(b_NK)
-        x_NK[:, self.order_K] = b_NK[:, self.order_K] @ self.upper_KK.t() @ self.upper_KK
+        x_NK, root = torch.empty_like(b_NK), self.root_KK
+        half = torch.linalg.solve_triangular(
+            root.t(), b_NK[:, self.order_K], upper=False, left=False
+        )
+        x_NK[:, self.order_K] = torch.linalg.solve_triangular(root, half, upper=True, left=False)
         return x_NK
 
 
@@ -153,12 +165,10 @@ def factorize(hessian_KK: Tensor, options: GptqOptions = GptqOptions()) -> Facto
     while damping <= options.damping * MOST_DAMPING:
         damped = hessian_KK.clone()
         damped.diagonal().add_(torch.where(dead, mean, 0.0)).add_(damping * mean)
-        found, failed = torch.linalg.cholesky_ex(damped[order[:, None], order])
-        if not bool(failed):
-            found = torch.cholesky_inverse(found)  # one name: what is large does not stay
-            found, failed = torch.linalg.cholesky_ex(found, upper=True)
-            if not bool(failed) and bool(found.isfinite().all()):
-                return Factor(hessian_KK, damped, order, found, damping, dead)
+        last = order.flip(0)  # backwards: lower there is upper here
+        found, failed = torch.linalg.cholesky_ex(damped.index_select(0, last).index_select(1, last))
+        if not bool(failed) and bool(found.isfinite().all()):
+            return Factor(hessian_KK, damped, order, found.flip(0, 1), damping, dead)
         damping *= 10
     raise ValueError(f"no damping up to {damping / 10:g} makes the inputs' products definite")
 
@@ -183,21 +193,21 @@ def solve(
     importance = factor.damped_KK.diagonal()
     scale, zero = grid.scales(target, importance, options.candidates)
     columns = _Columns(grid, scale, zero, w.shape[1])
-    near_KN = _sweep(target, factor, columns)
-    _descend(target, near_KN, factor, columns, options.descents)
+    near_KN, left_KN = _sweep(target, factor, columns)
+    lost = float(left_KN.square().sum(dtype=torch.float64))
+    lost -= _descend(near_KN, left_KN, factor, columns, options.descents)
     codes = columns.codes(near_KN.t())
     dead = factor.dead_K
     if bool(dead.any()):
         codes[:, dead] = columns.codes(w)[:, dead]
     quantized = Quantized(grid, codes, columns.scale_NG, zero)
     whole = power(w, factor.mean_KK)
-    return Solved(
-        quantized,
-        relative_error(w, quantized.dequantize(), factor.mean_KK, whole),
-        whole,
-        factor.damping,
-        int(dead.sum()),
-    )
+    if target is w:
+        lost -= factor.added(near_KN.t() - w)
+    else:
+        lost = power(quantized.dequantize() - w, factor.mean_KK)
+    error = max(lost, 0.0) / whole if whole > 0 else 0.0
+    return Solved(quantized, error, whole, factor.damping, int(dead.sum()))
 
 
 @one_thread()
@@ -281,72 +291,82 @@ class _Columns:
         return range(-(-start // self.size), end)
 
     def rescale(
-        self, group: int, near_KN: Tensor, slope_KN: Tensor, block: slice, factor: Factor
+        self, group: int, near_BN: Tensor, slope_BN: Tensor, start: int, factor: Factor
     ) -> bool:
-        """The best scales of a group for its codes, rounded as they are stored; modifies near, and
-        slope within the block. Returns whether any moved.
+        """The best scales of a group for its codes, rounded as they are stored. Modifies: near and
+        slope, of the inputs from `start` on, which hold the group. Returns whether any moved.
 
         In a scale s of near = s u the loss is a parabola too: its lowest point is at
         s + u slope / (u H u^T), and rounding takes the stored number that is nearest to it.
         """
         of = slice(group * self.size, min((group + 1) * self.size, self.num_inputs))
+        here = slice(of.start - start, of.stop - start)
         scale = self.scale_GN[group].clone()
-        unit = near_KN[of] / self.divisor_GN[group]
-        live = unit * ~factor.dead_K[of, None]
+        unit, dead = near_BN[here] / self.divisor_GN[group], factor.dead_K[of, None]
+        live = unit * ~dead if bool(dead.any()) else unit
         curve = (live * (factor.damped_KK[of, of] @ live)).sum(0)
-        step = (live * slope_KN[of]).sum(0) / curve.where(curve > 0, 1.0)
+        step = (live * slope_BN[here]).sum(0) / curve.where(curve > 0, 1.0)
         wanted = (scale + step).to(self.scale_NG.dtype)
         is_good = (curve > 0) & (wanted.float() * scale > 0) & wanted.isfinite()
         found = torch.where(is_good, wanted, self.scale_NG[:, group])
         self.scale_NG[:, group] = found
         self.scale_GN[group] = found
         self.divisor_GN[group] = divisor_of(self.scale_GN[group])
-        change = unit * self.scale_GN[group] - near_KN[of]
-        near_KN[of] += change
-        slope_KN[block] -= factor.damped_KK[block, of] @ change
+        change = unit.mul_(self.scale_GN[group]).sub_(near_BN[here])
+        near_BN[here] += change
+        slope_BN.addmm_(factor.damped_KK[start : start + len(slope_BN), of], change, alpha=-1)
         return bool((self.scale_GN[group] != scale).any())
 
 
-def _sweep(target_NK: Tensor, factor: Factor, columns: _Columns) -> Tensor:
-    """Weights on the grid, (K, N): step 3 of this file's docstring. Inputs are rows, to lie one by
-    one."""
-    order, upper = factor.order_K, factor.upper_KK
-    w_KN = target_NK.t()[order].contiguous()
-    near_KN, K = torch.empty_like(w_KN), len(order)
-    for start in range(0, K, BLOCK):
-        stop = min(start + BLOCK, K)
-        block = slice(start, stop)
-        errors = columns.sweep(w_KN[block], upper[block, block], order[block], near_KN)
-        w_KN[stop:].addmm_(upper[block, stop:].t(), errors, alpha=-1)
-    return near_KN
+def _sweep(target_NK: Tensor, factor: Factor, columns: _Columns) -> tuple[Tensor, Tensor]:
+    """Step 3 of this file's docstring: weights V on the grid, and what they leave, R^T (W - V),
+    both (K, N): inputs are rows, to lie one by one; those of the second are in their order."""
+    order, root = factor.order_K, factor.root_KK
+    gap_KN = target_NK.t().contiguous().index_select(0, order)  # W - V where V is found, W behind
+    near_KN, left_KN = torch.empty_like(gap_KN), torch.empty_like(gap_KN)
+    one = torch.eye(BLOCK, device=root.device)
+    for start in range(0, len(order), BLOCK):
+        block = slice(start, min(start + BLOCK, len(order)))
+        size = block.stop - start
+        upper = torch.linalg.solve_triangular(root[block, block], one[:size, :size], upper=True)
+        carried = root[:start, block].t() @ gap_KN[:start]
+        aim_BN = torch.addmm(gap_KN[block], upper.t(), carried)
+        left_KN[block] = columns.sweep(aim_BN, upper, order[block], near_KN)
+        gap_KN[block] -= near_KN.index_select(0, order[block])
+    return near_KN, left_KN
 
 
 def _descend(
-    target_NK: Tensor, near_KN: Tensor, factor: Factor, columns: _Columns, passes: int
-) -> None:
-    """Step 4, in place: so many passes, or fewer where nothing moves any more.
+    near_KN: Tensor, left_KN: Tensor, factor: Factor, columns: _Columns, passes: int
+) -> float:
+    """Step 4, on near in place: so many passes, or fewer where nothing moves any more. Returns by
+    how much the loss fell.
 
     With the others fixed the loss is a parabola in one weight, so the best code is the one nearest
-    to its lowest point, v + gradient / H[k, k]. The scales of a block's groups follow its codes, in
-    all passes but the last.
+    to its lowest point, v + slope / H'[k, k], with slope = H' (W - V) = R R^T (W - V). The scales
+    of a block's groups follow its codes, in all passes but the last.
     """
-    hessian, dead = factor.damped_KK, factor.dead_K
-    slope_KN = hessian @ (target_NK.t() - near_KN)
-    K = len(near_KN)
-    for left in reversed(range(passes)):
+    hessian, dead, order, root = factor.damped_KK, factor.dead_K, factor.order_K, factor.root_KK
+    slope_KN, K, fell = torch.empty_like(near_KN), len(near_KN), 0.0
+    for start in range(0, K if passes else 0, STRIP):
+        strip = slice(start, start + STRIP)
+        slope_KN[order[strip]] = root[strip, start:] @ left_KN[start:]
+    for to_come in reversed(range(passes)):
         has_moved = False
         for start in range(0, K, BLOCK):
             stop = min(start + BLOCK, K)
             block = slice(start, stop)
             near_BN, slope_BN = near_KN[block], slope_KN[block]
-            before = near_BN.clone()
+            before, slopes = near_BN.clone(), slope_BN.clone()
             has_moved |= columns.descend(
                 slope_BN, hessian[block, block], dead[block], near_BN, start
             )
-            for group in columns.groups(start, stop) if left else ():
-                has_moved |= columns.rescale(group, near_KN, slope_KN, block, factor)
+            for group in columns.groups(start, stop) if to_come else ():
+                has_moved |= columns.rescale(group, near_BN, slope_BN, start, factor)
             changes = near_BN - before
-            for rest in (slice(start if left else 0), slice(stop, K)):  # nobody asks those again
+            fell += float(torch.dot(slopes.add_(slope_BN).flatten(), changes.flatten()))
+            for rest in (slice(start if to_come else 0), slice(stop, K)):  # the first: never asked
                 slope_KN[rest].addmm_(hessian[rest, block], changes, alpha=-1)
         if not has_moved:
             break
+    return fell

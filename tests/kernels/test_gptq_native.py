@@ -96,9 +96,7 @@ def test_a_block_has_the_references_bits(isa, grid, monkeypatch):
 
     def run() -> list[torch.Tensor]:
         columns, near = _Columns(grid, scale, zero, 200), torch.zeros(200, 75)
-        errors = columns.sweep(
-            w.t()[order].contiguous(), factor.upper_KK[block, block], order, near
-        )
+        errors = columns.sweep(w.t()[order].contiguous(), factor.root_KK[block, block], order, near)
         slopes, hessian = slope.clone(), factor.damped_KK[block, block]
         moved = columns.descend(slopes, hessian, factor.dead_K[block], near[block], 100)
         still = columns.descend(0 * slope, hessian, factor.dead_K[block], near[block], 100)
