@@ -36,7 +36,7 @@ from ptm.eval.perplexity import held_out
 from ptm.export import allocate
 from ptm.export.config import ExportConfig
 from ptm.export.m32 import linears_of
-from ptm.export.quantize import BF16, check_sizes, grid_of
+from ptm.export.quantize import AS_IS, BF16, check_sizes, grid_of, widths_of
 from ptm.export.size import kinds_of
 from ptm.jobs import (
     BenchJob,
@@ -127,13 +127,14 @@ def show_export(job: PlanExportJob) -> None:
     )  # fmt: skip
     linears = linears_of(model, job.layers)
     check_sizes(linears, given)
-    bits = dict.fromkeys(linears, BF16) if is_16 else None
+    widths = dict.fromkeys(linears, AS_IS) if is_16 else None
     if job.size is not None:
-        grids = {b: grid_of(given, bits=b) for b in (4, 8)}
-        whole = sum(kind.num_bytes for kind in kinds_of(model, given, dict.fromkeys(linears, BF16)))
+        grids = {w: grid_of(given, width=w) for w in widths_of(given)}
+        as_is = dict.fromkeys(linears, AS_IS)
+        whole = sum(kind.num_bytes for kind in kinds_of(model, given, as_is))
         rest = whole - sum(2 * outputs * inputs for outputs, inputs in linears.values())
-        bits = allocate.fit(job.size, rest, allocate.prior(linears, grids, job.format))
-    found = kinds_of(model, given, bits)
+        widths = allocate.fit(job.size, rest, allocate.prior(linears, grids, job.format))
+    found = kinds_of(model, given, widths)
     of_each = "4, 8 or 16" if job.size else BF16 if is_16 else given.width
     shown = Table(title=f"{job.recipe}, scale {job.scale}: {job.format}, {of_each} bits")
     for head in ("kind", "tensors", "parameters", "bits", "size"):

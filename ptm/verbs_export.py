@@ -61,11 +61,11 @@ def _export(job: ExportConfig, walk: Walk, folder: Path, crew: Crew) -> None:
         rows_of = crew.main_first(lambda: _calibration_rows(job, folder, walk))
         total += walk.num_layers if walk.num_experts else 0
     console = Console(highlight=False, quiet=not crew.is_main)
-    bits = None
+    widths = None
     if job.size is not None:
-        bits = crew.on_main(lambda: _chosen_bits(job, walk, folder, console))
-    if bits is not None:
-        total -= sum(b == quantize.BF16 for b in bits.values())
+        chosen = crew.on_main(lambda: _chosen(job, walk, folder, console))
+        widths = {name: quantize.Width(*width) for name, width in chosen.items()}
+        total -= sum(width == quantize.AS_IS for width in widths.values())
     columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(TextColumn("{task.description}"), *columns, console=console) as progress:
         task = progress.add_task("quantizing", total=total)
@@ -73,12 +73,12 @@ def _export(job: ExportConfig, walk: Walk, folder: Path, crew: Crew) -> None:
         def advance(name: str) -> None:
             progress.update(task, advance=1, description=name.removeprefix("model."))
 
-        out, records = quantize.export(job, walk, rows_of, advance, bits, crew)
+        out, records = quantize.export(job, walk, rows_of, advance, widths, crew)
     if not crew.is_main:
         return
     print_export(console, out, records)
-    if bits is not None:
-        (out / "bits.svg").write_text(bits_svg(bits))
+    if widths is not None:
+        (out / "bits.svg").write_text(bits_svg(widths))
         console.print(f"bits of each linear: {out / 'bits.svg'}", soft_wrap=True, markup=False)
 
 
@@ -88,8 +88,10 @@ TIMEOUT_S = 6 * 3600
 once."""
 
 
-def _chosen_bits(job: ExportConfig, walk: Walk, folder: Path, console: Console) -> dict[str, int]:
-    """Bits of each linear for `size`, measured and shown."""
+def _chosen(
+    job: ExportConfig, walk: Walk, folder: Path, console: Console
+) -> dict[str, quantize.Width]:
+    """The width of each linear for `size`, measured and shown."""
     assert job.size is not None
     if not isinstance(walk, M32):
         raise RecipeError(line("size", job.size, "measures M32 only", "give bits=4 or bits=8"))
@@ -98,7 +100,7 @@ def _chosen_bits(job: ExportConfig, walk: Walk, folder: Path, console: Console) 
     rest = 2 * sum(n for name, n in every.items() if name.removesuffix(".weight") not in linears)
     ids, documents = _calibration_rows(job, folder, walk)(SENSITIVITY_ROWS)
     model = module_of(walk.opened, job.run, dtype=torch.bfloat16)
-    grids = {b: quantize.grid_of(job, walk.scale_dtype, b) for b in (4, 8)}
+    grids = {w: quantize.grid_of(job, walk.scale_dtype, w) for w in quantize.widths_of(job)}
     with Progress(console=console) as progress:
         task = progress.add_task("measuring", total=None)
 
@@ -106,21 +108,27 @@ def _chosen_bits(job: ExportConfig, walk: Walk, folder: Path, console: Console) 
             progress.update(task, advance=1, description=name.removeprefix("model."))
 
         costs = allocate.measure(model, linears, grids, job.format, ids, documents, advance)
-    bits = allocate.fit(job.size, rest, costs)
-    used = rest + sum(costs[name].size[b] for name, b in bits.items())
-    shown = Table(title=f"bits by kind of linear, {format_bytes(used)} in all")
-    for head in ("kind", "4 bits", "8", "16", "KL of all at 4", "as chosen"):
+    chosen = allocate.fit(job.size, rest, costs)
+    used = rest + sum(costs[name].size[width] for name, width in chosen.items())
+    shown = Table(title=f"bits / inputs of a scale by kind of linear, {format_bytes(used)} in all")
+    plain, columns = quantize.Width(4, job.group), (*sorted(grids, key=_breadth), quantize.AS_IS)
+    for head in ("kind", *map(str, columns), f"KL of all at {plain}", "as chosen"):
         shown.add_column(head, justify="left" if head == "kind" else "right")
     kinds: dict[str, list[str]] = {}
     for name in linears:
         kinds.setdefault(card.kind_of(name), []).append(name)
     for kind, names in kinds.items():
-        counts = (str(sum(bits[n] == b for n in names)) for b in (4, 8, 16))
-        before = sum(costs[n].kl[4] for n in names)
-        after = sum(costs[n].kl[bits[n]] for n in names)
+        counts = (str(sum(chosen[n] == width for n in names)) for width in columns)
+        before = sum(costs[n].kl[plain] for n in names)
+        after = sum(costs[n].kl[chosen[n]] for n in names)
         shown.add_row(kind, *counts, f"{before:.2e}", f"{after:.2e}")
     console.print(shown)
-    return bits
+    return chosen
+
+
+def _breadth(width: quantize.Width) -> tuple[int, float]:
+    """Larger of what takes more bytes."""
+    return width.bits, -(width.group or math.inf)
 
 
 def settled(job: ExportConfig, folder: Path) -> ExportConfig:

@@ -1,11 +1,11 @@
-"""Bits for each linear under a size: what a bit less costs, and where it costs least.
+"""Bits and groups for each linear under a size: what a bit less costs, and where it costs least.
 
     1 every (layer, kind of linear) alone is rounded to 4 and to 8 bits in a model in memory; its
       cost is the KL divergence of the predictions on a few rows from those of the model as it is
     2 a kind's experts share that cost by how much of its error is theirs: their relative error
-      times the tokens that chose them
-    3 all begin at 4 bits; what lowers the cost most for each byte becomes 8 bits, then 16, until
-      the size is reached
+      times the tokens that chose them; at 4 bits in other groups it grows as that error does
+    3 all begin at 4 bits and one scale a row; what lowers the cost most for each byte gets smaller
+      groups, 8 bits or 16, until the size is reached
 
 Costs are added up as if each were alone, which is nearly so while they are small. The model, in
 bf16, must fit in memory for it. A plan has no weights: in place of 1 and 2 it has what another
@@ -15,6 +15,7 @@ model was found to lose by kind of linear (`prior`).
 from __future__ import annotations
 
 import heapq
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -26,18 +27,18 @@ from ptm.common.errors import RecipeError, line
 from ptm.common.units import format_bytes, parse_bytes
 from ptm.export.card import kind_of
 from ptm.export.config import ExportFormat
-from ptm.export.quantize import BF16
+from ptm.export.quantize import AS_IS, Width
 from ptm.export.size import stored_bytes
 from ptm.export.verify import parameter_of
 from ptm.model.transformer import Transformer
-from ptm.quant.grid import Grid, Quantized, round_to_nearest
+from ptm.quant.grid import Grid, round_to_nearest
 
 
 class Cost(NamedTuple):
-    """Of one linear: bits -> KL in nats a token, and bytes; 16 is as it is."""
+    """Of one linear: KL in nats a token, and bytes."""
 
-    kl: Mapping[int, float]
-    size: Mapping[int, int]
+    kl: Mapping[Width, float]
+    size: Mapping[Width, int]
 
 
 PRIOR: Mapping[str, Mapping[int, float]] = {
@@ -51,71 +52,73 @@ PRIOR: Mapping[str, Mapping[int, float]] = {
     "experts.w1": {4: 8.6e-4, 8: 9.6e-5},
     "experts.w2": {4: 9.2e-4, 8: 1.6e-4},
 }
-"""KL of all linears of a kind in a layer, as `measure` found it on mini (docs/numbers.md)."""
+"""KL of all linears of a kind in a layer by bits, in groups of 128, as `measure` found it on mini
+(docs/numbers.md)."""
 
 
 def prior(
-    linears: Mapping[str, tuple[int, int]], grids: Mapping[int, Grid], format: ExportFormat
+    linears: Mapping[str, tuple[int, int]], grids: Mapping[Width, Grid], format: ExportFormat
 ) -> dict[str, Cost]:
-    """Costs without a model: PRIOR, whatever the layer, shared alike by its experts."""
+    """Costs without a model: PRIOR, whatever the layer, shared alike by its experts; groups cost as
+    the square of the largest of as many numbers of a Gaussian, 2 ln 2n, which sets their scale."""
     experts = Counter(_group(name) for name in linears)
     found = {}
     for name, shape in linears.items():
-        whole = PRIOR[kind_of(name)]
-        kl = {bits: whole[bits] / experts[_group(name)] for bits in grids}
-        found[name] = Cost({**kl, BF16: 0.0}, _sizes(shape, grids, format))
+        whole, share = PRIOR[kind_of(name)], 1 / experts[_group(name)] / math.log(2 * 128)
+        kl = {w: whole[w.bits] * share * math.log(2 * (w.group or shape[1])) for w in grids}
+        found[name] = Cost({**kl, AS_IS: 0.0}, _sizes(shape, grids, format))
     return found
 
 
-def fit(size: str, rest: int, costs: Mapping[str, Cost]) -> dict[str, int]:
-    """Bits of each linear for all weights in `size`, of which `rest` bytes are not linears'.
+def fit(size: str, rest: int, costs: Mapping[str, Cost]) -> dict[str, Width]:
+    """The width of each linear for all weights in `size`, of which `rest` bytes are not linears'.
 
-    Raises RecipeError where the size is less than all at the fewest bits, or leaves all at 16.
+    Raises RecipeError where the size is less than that of the least, or leaves all as they are.
     """
     least, most = (rest + sum(pick(c.size.values()) for c in costs.values()) for pick in (min, max))
     wanted = parse_bytes(size, key="size")
     if not least <= wanted < most:
-        ends = f"{format_bytes(least)} (all at 4 bits) to {format_bytes(most)} (none quantized)"
+        lowest = f"{format_bytes(least)} (all at 4 bits, a scale a row)"
+        ends = f"{lowest} to {format_bytes(most)} (none quantized)"
         raise RecipeError(line("size", size, f"this model takes {ends}", "give a size between"))
-    return choose_bits(costs, wanted - rest)
+    return choose(costs, wanted - rest)
 
 
-def choose_bits(costs: Mapping[str, Cost], budget: int) -> dict[str, int]:
-    """Bits of each linear whose sizes add up to `budget` bytes at most, by steps of least cost.
+def choose(costs: Mapping[str, Cost], budget: int) -> dict[str, Width]:
+    """Widths whose sizes add up to `budget` bytes at most, by steps of least cost.
 
     Raises ValueError where the smallest of all is larger.
     """
-    bits = {name: min(cost.size) for name, cost in costs.items()}
-    used = sum(cost.size[bits[name]] for name, cost in costs.items())
+    chosen = {name: min(cost.size, key=lambda w: cost.size[w]) for name, cost in costs.items()}
+    used = sum(cost.size[chosen[name]] for name, cost in costs.items())
     if used > budget:
         raise ValueError(f"{used} bytes are needed")
-    heap: list[tuple[float, str, int]] = []
+    heap: list[tuple[float, str, Width, Width]] = []
 
     def offer(name: str) -> None:
-        cost, now = costs[name], bits[name]
-        for more in sorted(b for b in cost.size if b > now):
-            added = cost.size[more] - cost.size[now]
-            gain = cost.kl[now] - cost.kl[more]
-            if gain > 0:
-                heapq.heappush(heap, (-gain / max(added, 1), name, more))
+        cost, now = costs[name], chosen[name]
+        for more, size in cost.size.items():
+            added, gain = size - cost.size[now], cost.kl[now] - cost.kl[more]
+            if added >= 0 and gain > 0:
+                heapq.heappush(heap, (-gain / max(added, 1), name, now, more))
 
     for name in costs:
         offer(name)
     while heap:
-        _, name, more = heapq.heappop(heap)
-        added = costs[name].size[more] - costs[name].size[bits[name]]
-        if more > bits[name] and used + added <= budget:
+        _, name, before, more = heapq.heappop(heap)
+        added = costs[name].size[more] - costs[name].size[before]
+        if before == chosen[name] and used + added <= budget:
             used += added
-            bits[name] = more
+            chosen[name] = more
             offer(name)
-    return bits
+    return chosen
 
 
 @torch.no_grad()
 def measure(
     model: Transformer,
     linears: Mapping[str, tuple[int, int]],
-    grids: Mapping[int, Grid],
+    grids: Mapping[Width, Grid],
     format: ExportFormat,
     ids_BL: Tensor,
     documents_BL: Tensor,
@@ -123,9 +126,13 @@ def measure(
 ) -> dict[str, Cost]:
     """The costs of all linears; the model is as it was afterwards.
 
-    grids: bits -> grid; sizes are those in files of `format`, scales and all. One forward for
-    each layer, kind and grid; `advance` hears of each.
+    grids: of as many bits the first is put into the model, the others cost by their error beside
+    it. Sizes are those in files of `format`, scales and all. One forward for each layer, kind and
+    number of bits; `advance` hears of each.
     """
+    tried: dict[int, Width] = {}
+    for width in grids:
+        tried.setdefault(width.bits, width)
     groups: dict[str, list[str]] = {}
     for name in linears:
         groups.setdefault(_group(name), []).append(name)
@@ -135,25 +142,26 @@ def measure(
     model.eval()
     found: dict[str, Cost] = {}
     for names in groups.values():
-        whole, shares = {}, {}
-        for bits, grid in grids.items():
-            kept, errors = {}, {}
-            for name in names:
-                weight = parameter_of(model, name)
-                kept[name] = weight.clone()
-                codes = round_to_nearest(weight.float(), grid)
-                errors[name] = _error(weight, codes) * _tokens(name, tokens_LE)
-                weight.copy_(codes.dequantize())
+        errors = {
+            (name, width): _error(parameter_of(model, name), grid) * _tokens(name, tokens_LE)
+            for name in names
+            for width, grid in grids.items()
+        }
+        of_error = {}  # KL by which a unit of it is paid
+        for bits, width in tried.items():
+            kept = {name: parameter_of(model, name).clone() for name in names}
+            for name, weight in kept.items():
+                near = round_to_nearest(weight.float(), grids[width]).dequantize()
+                parameter_of(model, name).copy_(near)
             log_p = _log_p(model, ids_BL, documents_BL)
-            whole[bits] = float((base.exp() * (base - log_p)).sum(-1).mean().clamp(min=0))
+            whole = float((base.exp() * (base - log_p)).sum(-1).mean().clamp(min=0))
             for name, weight in kept.items():
                 parameter_of(model, name).copy_(weight)
-            total = sum(errors.values()) or 1.0
-            shares[bits] = {name: error / total for name, error in errors.items()}
+            of_error[bits] = whole / (sum(errors[name, width] for name in names) or 1.0)
             advance(f"sensitivity of {names[0]}")
         for name in names:
-            kl = {bits: whole[bits] * shares[bits][name] for bits in grids}
-            found[name] = Cost({**kl, BF16: 0.0}, _sizes(linears[name], grids, format))
+            kl = {width: of_error[width.bits] * errors[name, width] for width in grids}
+            found[name] = Cost({**kl, AS_IS: 0.0}, _sizes(linears[name], grids, format))
     return found
 
 
@@ -163,10 +171,10 @@ def _group(name: str) -> str:
 
 
 def _sizes(
-    shape: tuple[int, int], grids: Mapping[int, Grid], format: ExportFormat
-) -> dict[int, int]:
-    size = {bits: stored_bytes(*shape, grid, format) for bits, grid in grids.items()}
-    return {**size, BF16: 2 * shape[0] * shape[1]}
+    shape: tuple[int, int], grids: Mapping[Width, Grid], format: ExportFormat
+) -> dict[Width, int]:
+    size = {width: stored_bytes(*shape, grid, format) for width, grid in grids.items()}
+    return {**size, AS_IS: 2 * shape[0] * shape[1]}
 
 
 def _log_p(model: Transformer, ids_BL: Tensor, documents_BL: Tensor) -> Tensor:
@@ -177,9 +185,9 @@ def _log_p(model: Transformer, ids_BL: Tensor, documents_BL: Tensor) -> Tensor:
     return torch.cat(rows)
 
 
-def _error(weight: Tensor, codes: Quantized) -> float:
+def _error(weight: Tensor, grid: Grid) -> float:
     wide = weight.float()
-    gap = (codes.dequantize() - wide).square().sum()
+    gap = (round_to_nearest(wide, grid).dequantize() - wide).square().sum()
     return float(gap / wide.square().sum().clamp(min=1e-30))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -14,6 +15,10 @@ class Found(Protocol):
 
     @property
     def name(self) -> str: ...
+    @property
+    def bits(self) -> int: ...
+    @property
+    def group(self) -> int: ...
     @property
     def error(self) -> float | None: ...
     @property
@@ -67,7 +72,9 @@ def model_card(
     how = "GPTQ" if config.method is Method.gptq else "rounding to nearest"
     if config.method is Method.trained:
         how = "training on that grid"
-    bits = str(config.width) if config.size is None else "4, 8 or 16"
+    bits = " or ".join(map(str, sorted({r.bits for r in records})))
+    sizes = sorted({r.group for r in records}, key=lambda group: group or math.inf)
+    groups = " or ".join(str(group) if group else "a row" for group in sizes)
     lines = [
         "---",
         "library_name: ptm",
@@ -75,7 +82,7 @@ def model_card(
         "---",
         "",
         f"{num_parameters:,} parameters in {format_bytes(size_bytes)}: {bits} bits, "
-        f"groups of {config.group or 'a row'}, by {how}; "
+        f"groups of {groups}, by {how}; "
         "everything else in 16 bits.",
         "",
         "Relative error of outputs on calibration text, mean over linears of a kind, beside that "

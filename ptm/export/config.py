@@ -80,8 +80,8 @@ class ExportConfig:
     """gptq: what transformers, vLLM and GPTQModel read; compressed-tensors: pack-quantized; fp6:
     TC-FPx's 4+2 split."""
     bits: str | None = None
-    """Bits of a weight: 4 or 8; 6 with format=fp6; auto: 4, 8 or 16 for each linear, so that by
-    measurement least is lost at `size`. null is 4, or 6, or auto with a size."""
+    """Bits of a weight: 4 or 8; 6 with format=fp6; auto: 4, 8 or 16, and a group, for each
+    linear, so that by measurement least is lost at `size`. null is 4, or 6, or auto with a size."""
     size: str | None = None
     "Bytes of all weights, like 23.3GB, with bits=auto."
     group: int = ranged(128, least=0, most=2**16)

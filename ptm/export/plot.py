@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 from xml.sax.saxutils import escape
 
+from ptm.export.quantize import Width
+
 WIDTH, HEIGHT, PAD = 260, 150, 34
 SHADES = {4: "#c6dbef", 8: "#4292c6", 16: "#08306b"}
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd")
@@ -37,11 +39,11 @@ def errors_svg(rows: Sequence[Mapping[str, Any]], exports: Sequence[str], kind_o
     return "\n".join([*parts, "</svg>\n"])
 
 
-def bits_svg(bits: Mapping[str, int]) -> str:
+def bits_svg(widths: Mapping[str, Width]) -> str:
     """One row of cells a layer, one cell a linear (model.layers.N. ...), darker with more bits."""
-    layers: dict[int, list[tuple[str, int]]] = {}
-    for name, count in bits.items():
-        layers.setdefault(int(name.split(".")[2]), []).append((name, count))
+    layers: dict[int, list[tuple[str, Width]]] = {}
+    for name, width in widths.items():
+        layers.setdefault(int(name.split(".")[2]), []).append((name, width))
     cell, left, top = 9, 60, 28
     wide = left + cell * max(map(len, layers.values())) + 10
     tall = top + 14 * len(layers) + 26
@@ -53,10 +55,10 @@ def bits_svg(bits: Mapping[str, int]) -> str:
     for i, (layer, row) in enumerate(sorted(layers.items())):
         y = top + 14 * i
         parts.append(f'<text x="4" y="{y + 10}">layer {layer}</text>')
-        for j, (name, count) in enumerate(row):
+        for j, (name, width) in enumerate(row):
             parts.append(
                 f'<rect x="{left + cell * j}" y="{y}" width="{cell - 1}" height="12" '
-                f'fill="{SHADES[count]}"><title>{escape(name)}: {count}</title></rect>'
+                f'fill="{SHADES[width.bits]}"><title>{escape(name)}: {width}</title></rect>'
             )
     for i, (count, shade) in enumerate(SHADES.items()):
         x = left + 40 * i

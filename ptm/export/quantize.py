@@ -19,7 +19,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,18 +38,42 @@ from ptm.export.walk import Walk
 from ptm.quant.grid import Grid, GridKind
 
 BF16 = 16
+
+
+class Width(NamedTuple):
+    """How a linear is stored: bits of a weight, and inputs that share a scale, 0 for all."""
+
+    bits: int
+    group: int
+
+    def __str__(self) -> str:
+        return f"{self.bits}" if self == AS_IS else f"{self.bits}/{self.group or 'row'}"
+
+
+AS_IS = Width(BF16, 0)
+FINEST = 32
+"""The smallest group of bits=auto."""
 RowsOf = Callable[[int], tuple[Tensor, Tensor]]
 """`rows_of(n)`: ids and document ids of n rows of calibration text, (n, L) each."""
 
 
 def grid_of(
-    config: ExportConfig, scale_dtype: torch.dtype = torch.float16, bits: int | None = None
+    config: ExportConfig, scale_dtype: torch.dtype = torch.float16, width: Width | None = None
 ) -> Grid:
-    """The grid of a linear; bits: where they are chosen for each."""
+    """The grid of a linear; width: where it is chosen for each."""
+    bits, group = width or (config.width, config.group)
     if config.format is ExportFormat.fp6:
-        return Grid(GridKind(f"fp6_{config.fp6}"), config.group, scale_dtype=scale_dtype)
-    kind = GridKind.int4 if (bits or config.width) == 4 else GridKind.int8
-    return Grid(kind, config.group, config.symmetric, scale_dtype)
+        return Grid(GridKind(f"fp6_{config.fp6}"), group, scale_dtype=scale_dtype)
+    kind = GridKind.int4 if bits == 4 else GridKind.int8
+    return Grid(kind, group, config.symmetric, scale_dtype)
+
+
+def widths_of(config: ExportConfig) -> tuple[Width, ...]:
+    """What bits=auto chooses among, besides AS_IS; of as many bits the config's group first."""
+    group = config.group
+    finer = (Width(4, FINEST),) if group > FINEST and group % FINEST == 0 else ()
+    coarser = (Width(4, 0),) if group else ()
+    return (Width(4, group), *finer, *coarser, Width(8, group))
 
 
 def out_of(config: ExportConfig) -> Path:
@@ -77,23 +101,23 @@ def export(
     walk: Walk,
     rows_of: RowsOf | None,
     advance: Advance,
-    bits: Mapping[str, int] | None = None,
+    widths: Mapping[str, Width] | None = None,
     crew: Crew | None = None,
 ) -> tuple[Path, list[Record]]:
     """Write the export; `advance` hears of every linear and every layer of the first pass.
 
-    rows_of is None where no text is needed. bits of each linear, 16 where it stays as it is; None:
-    those of the config. All ranks of a crew call it, and see the same folders. Raises
-    CheckpointError, DataError, RecipeError, StorageError, and HangError where a rank is gone.
+    rows_of is None where no text is needed. widths: of each linear; None: the config's. All ranks
+    of a crew call it, and see the same folders. Raises CheckpointError, DataError, RecipeError,
+    StorageError, and HangError where a rank is gone.
     """
     crew = crew or Crew()
     check_sizes(walk.linears(config.layers), config)
     out = out_of(config)
     linears = walk.linears(config.layers)
     grids = {
-        name: grid_of(config, walk.scale_dtype, None if bits is None else bits[name])
+        name: grid_of(config, walk.scale_dtype, None if widths is None else widths[name])
         for name in linears
-        if bits is None or bits[name] < BF16
+        if widths is None or widths[name] != AS_IS
     }
     partial: Partial = crew.main_first(
         lambda: Partial(out, _settings(config, walk), walk.num_layers + 1)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from ptm.export.card import kind_of
 from ptm.export.config import ExportConfig, ExportFormat
 from ptm.export.m32 import linears_of
-from ptm.export.quantize import BF16, grid_of
+from ptm.export.quantize import AS_IS, BF16, Width, grid_of
 from ptm.model.config import ModelConfig
 from ptm.model.hf_names import Layout, published
 from ptm.quant.grid import Grid
@@ -46,18 +46,18 @@ def stored_bytes(N: int, K: int, grid: Grid, format: ExportFormat) -> int:
 
 
 def kinds_of(
-    model: ModelConfig, config: ExportConfig, bits_of: Mapping[str, int] | None = None
+    model: ModelConfig, config: ExportConfig, widths: Mapping[str, Width] | None = None
 ) -> list[Kind]:
     """The tensors of an export in the order of the model, those of a kind and of as many bits added
-    up. bits_of: each linear, 16 where it stays; None: those of the config."""
+    up. widths: of each linear; None: the config's."""
     chosen = linears_of(model, config.layers)
     found: dict[tuple[str, int], Kind] = {}
     for name, rows in published(model, Layout.hf, tied_copy=False).items():
         module, numel = name.removesuffix(".weight"), math.prod(rows.shape)
         bits, size = BF16, BYTES_16 * numel
-        wanted = None if bits_of is None else bits_of.get(module)
-        if module in chosen and wanted != BF16:
-            grid = grid_of(config, bits=wanted)
+        wanted = None if widths is None else widths.get(module)
+        if module in chosen and wanted != AS_IS:
+            grid = grid_of(config, width=wanted)
             bits, size = grid.bits, stored_bytes(*chosen[module], grid, config.format)
         kind = _kind(module)
         before = found.get((kind, bits), Kind(kind, 0, 0, bits, 0))

@@ -12,7 +12,7 @@ result. Rows are not rounded to int8 for VNNI: docs/log.md has the error that wo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -92,6 +92,21 @@ def pack(
         num_outputs=N,
         num_inputs=K,
     )
+
+
+def regrouped(weight: PackedWeight, group: int) -> PackedWeight:
+    """The same numbers in groups that divide its own: scales and zeros are repeated."""
+    times, left = divmod(weight.group, group)
+    assert not left, (weight.group, group)
+    if times == 1:
+        return weight
+    count = -(-weight.padded_inputs // group)
+
+    def repeated(of: Tensor) -> Tensor:
+        return of.repeat_interleave(times, -2)[..., :count, :].contiguous()
+
+    zero = None if weight.zero is None else repeated(weight.zero)
+    return replace(weight, scale=repeated(weight.scale), zero=zero, group=group)
 
 
 def stack(weights: list[PackedWeight]) -> PackedWeight:

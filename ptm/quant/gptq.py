@@ -304,7 +304,8 @@ class _Columns:
         scale = self.scale_GN[group].clone()
         unit, dead = near_BN[here] / self.divisor_GN[group], factor.dead_K[of, None]
         live = unit * ~dead if bool(dead.any()) else unit
-        curve = (live * (factor.damped_KK[of, of] @ live)).sum(0)
+        product = factor.damped_KK[start : start + len(slope_BN), of] @ live
+        curve = (live * product[here]).sum(0)
         step = (live * slope_BN[here]).sum(0) / curve.where(curve > 0, 1.0)
         wanted = (scale + step).to(self.scale_NG.dtype)
         is_good = (curve > 0) & (wanted.float() * scale > 0) & wanted.isfinite()
@@ -312,9 +313,8 @@ class _Columns:
         self.scale_NG[:, group] = found
         self.scale_GN[group] = found
         self.divisor_GN[group] = divisor_of(self.scale_GN[group])
-        change = unit.mul_(self.scale_GN[group]).sub_(near_BN[here])
-        near_BN[here] += change
-        slope_BN.addmm_(factor.damped_KK[start : start + len(slope_BN), of], change, alpha=-1)
+        torch.mul(unit, self.scale_GN[group], out=near_BN[here])
+        slope_BN.addcmul_(product, self.scale_GN[group] - scale, value=-1)
         return bool((self.scale_GN[group] != scale).any())
 
 

@@ -2,13 +2,14 @@
 
 Codes stay packed in memory and are multiplied as they are (ptm/kernels/quant_linear.py). What the
 kernels cannot take (groups that 32 does not divide, inputs whose groups are scattered) is
-dequantized once, to bf16. Experts of one kind are one product over all that were chosen; where bits
-differ between experts, each is a product of its own.
+dequantized once, to bf16. Experts of one kind are one product over all that were chosen; where
+groups differ, scales of the larger ones are repeated, and where bits do, each is a product.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -20,6 +21,7 @@ from ptm.kernels.quant_linear import (
     STEP,
     PackedWeight,
     pack,
+    regrouped,
     serves_linear,
     serves_moe,
     stack,
@@ -139,10 +141,11 @@ def _stacked(
     found = []
     for side in (w1, w2):
         packed_ones = [w for w in side if isinstance(w, PackedWeight)]
-        kinds = {(w.bits, w.group, w.zero is None, w.scale.dtype) for w in packed_ones}
+        kinds = {(w.bits, w.zero is None, w.scale.dtype) for w in packed_ones}
         if len(packed_ones) < len(side) or len(kinds) != 1:
             return None
-        found.append(stack(packed_ones))
+        group = math.gcd(*(w.group for w in packed_ones))
+        found.append(stack([regrouped(w, group) for w in packed_ones]))
     one, two = found
     return (one, two) if one.bits == two.bits and one.scale.dtype == two.scale.dtype else None
 

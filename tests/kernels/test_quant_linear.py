@@ -11,6 +11,7 @@ from ptm.kernels import native
 from ptm.kernels.quant_linear import (
     PackedWeight,
     pack,
+    regrouped,
     stack,
     unpack,
     wq_linear,
@@ -19,6 +20,7 @@ from ptm.kernels.quant_linear import (
     wq_moe_reference,
 )
 from ptm.quant.grid import Grid, GridKind, Quantized, round_to_nearest
+from ptm.quant.modules import QuantExperts
 from tests.support.native import each_isa, error, needs_library, poisoned, same_bits
 
 GRIDS = [
@@ -165,6 +167,26 @@ def test_a_few_rows_of_many_experts(isa, grid):
     with native.forced(isa), poisoned():
         found = wq_moe(x, ids, weights, w1, w2)
     assert error(found, expected) <= 2 * BOUND[x.dtype]
+
+
+def test_experts_with_groups_of_their_own_are_one_product():
+    """As bits=auto leaves them: scales are repeated, so the numbers are the same."""
+    grids = [Grid(GridKind.int4, group) for group in (0, 128, 32, 64)]
+    w1, w2 = (
+        [drawn(*shape, grid, seed=e)[0] for e, grid in enumerate(grids)]
+        for shape in ((2 * 64, 1088), (1088, 64))
+    )
+    for weight in (*w1, *w2):
+        finer = regrouped(weight, 32)
+        assert finer.group == 32 and finer.scale.shape[-2] == weight.num_inputs // 32
+        assert torch.equal(unpack(finer), unpack(weight))
+    made = QuantExperts(w1, w2)
+    assert made.stacked is not None and [w.group for w in made.stacked] == [32, 32]
+    for e in range(4):
+        for found, weight in zip(made.of(e), (w1[e], w2[e])):
+            assert torch.equal(unpack(found), unpack(weight))
+    uneven = [*w1[:3], drawn(2 * 64, 1088, Grid(GridKind.int8, 32))[0]]
+    assert QuantExperts(uneven, w2).stacked is None
 
 
 @each_isa
