@@ -1,5 +1,5 @@
 // What this CPU and its kernel can do: 0 portable, 1 avx2, 2 avx512, 3 avx512_bf16, 4 amx (the
-// order of ptm.h).
+// order of ptm.h); and whether its products of bf16 are slower than those of fp32.
 #include "ptm.h"
 
 #include <initializer_list>
@@ -53,14 +53,28 @@ int detect() {
   return has_tiles && (saved & 0x60000) == 0x60000 && tiles_granted() ? AMX : AVX512_BF16;
 }
 
+// Intel's cores with tiles (and half precision, which hypervisors leave when they hide the tiles)
+// run VDPBF16PS at half the rate of multiply-adds; Cooper Lake and AMD's from Zen 4 on do not.
+bool bf16_is_slow() {
+  uint32_t a, b, c, d;
+  if (!__get_cpuid(0, &a, &b, &c, &d) || b != 0x756e6547) return false;  // "Genu"
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && all(d, {23});        // AVX512-FP16
+}
+
 }  // namespace
 #else
 namespace {
 int detect() { return 0; }
+bool bf16_is_slow() { return false; }
 }  // namespace
 #endif
 
 extern "C" __attribute__((visibility("default"))) int ptm_machine() {
   static const int isa = detect();
   return isa;
+}
+
+extern "C" __attribute__((visibility("default"))) int ptm_bf16_is_slow() {
+  static const bool is_slow = bf16_is_slow();
+  return is_slow;
 }

@@ -2,8 +2,9 @@
 libptm_cuda.so.
 
 csrc/build.py makes the library; docs/kernels.md has the conventions. A kernel `op` is up to five C
-functions, ptm_<op>_portable, _avx2, _avx512, _avx512_bf16 and _amx, and the highest that
-exists and that this CPU can run serves. Where there is no library, for other devices, and with
+functions, ptm_<op>_portable, _avx2, _avx512, _avx512_bf16 and _amx, and the highest that exists
+and that this CPU can run serves (but _avx512 in the place of _avx512_bf16 where products of bf16
+are slow: csrc/common/machine.cpp). Where there is no library, for other devices, and with
 PTM_BACKEND=reference, the plain torch of ptm/kernels/<op>.py serves instead: its public function
 asks `serves` and takes one path or the other.
 
@@ -172,7 +173,7 @@ def backend(name: str, device_type: str = "cpu") -> str | None:
     none."""
     if device_type == "cuda":
         return "cuda" if cuda_is_on() and hasattr(_cuda_library(), f"ptm_{name}_cuda") else None
-    return _backend(name, isa()) if device_type == "cpu" else None
+    return _backend(name, isa(), _takes_any()) if device_type == "cpu" else None
 
 
 def has(name: str, device_type: str = "cpu") -> bool:
@@ -197,17 +198,31 @@ def serves(name: str, *rows: Tensor) -> bool:
 
 
 @cache
-def _backend(name: str, highest: str | None) -> str | None:
-    if highest is None:
-        return None
-    library = _library()
-    usable = ISAS[: ISAS.index(highest) + 1]
-    return next((i for i in reversed(usable) if hasattr(library, f"ptm_{name}_{i}")), None)
+def _is_asked_for() -> bool:
+    return env.cpu_isa() is not None
+
+
+def _takes_any() -> bool:
+    """Whether nobody asked for an instruction set."""
+    return not _forced and not _is_asked_for()
 
 
 @cache
-def _function(name: str, highest: str | None):
-    backend = _backend(name, highest)
+def _backend(name: str, highest: str | None, takes_any: bool = False) -> str | None:
+    if highest is None:
+        return None
+    library = _library()
+    assert library is not None
+    usable = ISAS[: ISAS.index(highest) + 1]
+    built = [i for i in reversed(usable) if hasattr(library, f"ptm_{name}_{i}")]
+    if takes_any and built[:2] == ["avx512_bf16", "avx512"] and library.ptm_bf16_is_slow():
+        return "avx512"
+    return built[0] if built else None
+
+
+@cache
+def _function(name: str, highest: str | None, takes_any: bool):
+    backend = _backend(name, highest, takes_any)
     if backend is None:
         raise KernelError(line("kernel", name, f"not built for {highest}", "run csrc/build.py"))
     return getattr(_library(), f"ptm_{name}_{backend}")
@@ -224,7 +239,7 @@ def call(name: str, *args: Tensor | int | float | None) -> None:
         status = _call_cuda(name, device, args)
     else:
         threads = ctypes.c_int64(torch.get_num_threads())
-        status = _function(name, isa())(*_converted(name, args, _CPU), threads)
+        status = _function(name, isa(), _takes_any())(*_converted(name, args, _CPU), threads)
     if status:
         what = STATUS.get(status, f"status {status}")
         raise KernelError(line("kernel", name, what, f"called with {_shapes(args)}"))

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +23,27 @@ def test_the_switches_choose(monkeypatch, backend, isa):
     below = native.ISAS[: native.ISAS.index(expected) + 1]
     best = [isa for isa in below if isa in ("portable", "avx2", "avx512_bf16")][-1]
     assert native.table()["add_rmsnorm"] == ("reference" if backend else best)
+
+
+@pytest.mark.parametrize("is_slow", [False, True])
+def test_slow_products_of_bf16_give_way_where_fp32_has_a_kernel(monkeypatch, is_slow):
+    built = ["moe_mlp_avx512_bf16", "moe_mlp_avx512", "rows_avx512_bf16", "rows_avx2"]
+    library = types.SimpleNamespace(**{f"ptm_{name}": None for name in built})
+    library.ptm_bf16_is_slow = lambda: is_slow
+    monkeypatch.setattr(native, "_library", lambda: library)
+    backend = native._backend.__wrapped__
+    assert backend("moe_mlp", "avx512_bf16", True) == ("avx512" if is_slow else "avx512_bf16")
+    assert backend("moe_mlp", "avx512_bf16", False) == "avx512_bf16", "asked for"
+    assert backend("rows", "avx512_bf16", True) == "avx512_bf16"
+    assert backend("moe_mlp", "avx512", True) == "avx512" and backend("rows", "avx512") == "avx2"
+    assert backend("none", "amx", True) is None
+
+
+@needs_library
+def test_which_cpus_have_slow_products_of_bf16():
+    words = Path("/proc/cpuinfo").read_text().split() if sys.platform == "linux" else []
+    is_slow = "GenuineIntel" in words and "avx512_fp16" in words
+    assert native._library().ptm_bf16_is_slow() == is_slow
 
 
 @pytest.mark.parametrize(
