@@ -17,10 +17,11 @@ from __future__ import annotations
 import heapq
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ptm.common.errors import RecipeError, line
@@ -137,7 +138,7 @@ def measure(
     for name in linears:
         groups.setdefault(_group(name), []).append(name)
     model.train()
-    base = _log_p(model, ids_BL, documents_BL)
+    base = list(_log_p(model, ids_BL, documents_BL))
     tokens_LE = model.take_expert_counts()
     model.eval()
     found: dict[str, Cost] = {}
@@ -153,8 +154,10 @@ def measure(
             for name, weight in kept.items():
                 near = round_to_nearest(weight.float(), grids[width]).dequantize()
                 parameter_of(model, name).copy_(near)
-            log_p = _log_p(model, ids_BL, documents_BL)
-            whole = float((base.exp() * (base - log_p)).sum(-1).mean().clamp(min=0))
+            whole = 0.0
+            for wanted, log_p in zip(base, _log_p(model, ids_BL, documents_BL), strict=True):
+                whole += float(F.kl_div(log_p, wanted, reduction="sum", log_target=True))
+            whole = max(whole, 0.0) / ids_BL.numel()
             for name, weight in kept.items():
                 parameter_of(model, name).copy_(weight)
             of_error[bits] = whole / (sum(errors[name, width] for name in names) or 1.0)
@@ -177,12 +180,11 @@ def _sizes(
     return {**size, AS_IS: 2 * shape[0] * shape[1]}
 
 
-def _log_p(model: Transformer, ids_BL: Tensor, documents_BL: Tensor) -> Tensor:
-    rows = []
-    for ids, documents in zip(ids_BL.split(4), documents_BL.split(4)):
-        logits = model(ids, document_ids_BL=documents)
-        rows.append(torch.log_softmax(logits.flatten(0, 1).float(), -1))
-    return torch.cat(rows)
+def _log_p(model: Transformer, ids_BL: Tensor, documents_BL: Tensor) -> Iterator[Tensor]:
+    """Of a row each, (L, V): more at a time is fresh memory at every step."""
+    for ids, documents in zip(ids_BL.split(2), documents_BL.split(2)):
+        for logits_LV in model(ids, document_ids_BL=documents):
+            yield torch.log_softmax(logits_LV.float(), -1)
 
 
 def _error(weight: Tensor, grid: Grid) -> float:
