@@ -112,11 +112,15 @@ VERBS = {
         "One HTML file about a run.", "ptm.jobs:ReportJob", "ptm.verbs:report", ("run",)
     ),
     "bench": Verb(
-        "Measure: router, updates, engines, train, wire, tiers, kernels (ptm bench train --help).",
+        "Measure: router, updates, engines, experts, train, wire, tiers, kernels "
+        "(ptm bench train --help).",
         "ptm.jobs:BenchJob",
         "ptm.verbs:bench",
         ("name",),
-        {name: ("ptm.jobs:StepBenchJob", "bench") for name in ("engines", "train", "wire", "tiers")}
+        {
+            name: ("ptm.jobs:StepBenchJob", "bench")
+            for name in ("engines", "experts", "train", "wire", "tiers")
+        }
         | {"kernels": ("ptm.jobs:KernelBenchJob", "bench")}
         | {"decode": ("ptm.jobs:DecodeBenchJob", "bench run exports")}
         | {"gptq": ("ptm.jobs:GptqBenchJob", "bench")},

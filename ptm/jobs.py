@@ -110,8 +110,8 @@ class DataJob(Recipe):
 @config
 class BenchJob:
     name: str
-    """Which benchmark: router or updates; engines, train, wire, tiers and kernels have keys of
-    their own."""
+    """Which benchmark: router or updates; engines, experts, train, wire, tiers and kernels have
+    keys of their own."""
     steps: int = ranged(160, least=1)
     "Training steps of each run."
     seeds: int = ranged(3, least=1, most=100)
@@ -192,7 +192,7 @@ class StepBenchJob(Recipe):
     """Benches of whole steps, whose recipe words apply to every engine."""
 
     bench: str
-    "Which benchmark: engines, train, wire or tiers."
+    "Which benchmark: engines, experts, train, wire or tiers."
     ranks: int = ranged(2, least=1, most=64)
     "Ranks of every engine, on this machine."
     rounds: int = ranged(5, least=1, most=1000)
@@ -204,7 +204,8 @@ class StepBenchJob(Recipe):
     turn_timeout_s: int = ranged(600, least=5, most=86_400)
     "How long a turn may take before its engine counts as failed."
     only: tuple[str, ...] = ()
-    "Rows to run, of bench engines and train; empty is all. The basis (fsdp; ptm) always runs."
+    """Rows to run, of bench engines, experts and train; empty is all. The basis (fsdp; in place;
+    ptm) always runs."""
     ops_dir: str | None = None
     "Folder where DeepSpeed's ops were built ahead (its TORCH_EXTENSIONS_DIR)."
     out: str = "runs/bench-steps"

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ptm.bench import decode, engines, gptq, kernels, router, tiers, train, updates, wire
+from ptm.bench import decode, engines, experts, gptq, kernels, router, tiers, train, updates, wire
 from ptm.build import frozen_copy, hardware_folders, make_plan
 from ptm.checkpoint.folders import step_folder
 from ptm.checkpoint.hf import Opened
@@ -74,6 +74,7 @@ class TextJob(Protocol):
 BENCHES = {"router": router.run, "updates": updates.run}
 STEP_BENCHES = {
     "engines": engines.run,
+    "experts": experts.run,
     "wire": wire.run,
     "tiers": tiers.run,
     "train": train.run,

@@ -71,16 +71,29 @@ inline void add_up(const bf16* rows, const float* weights, bf16* to, const Shape
   });
 }
 
-// Rows by expert, in their order within one: counting them, then placing them
-inline bool sort_rows(const int64_t* ids, int64_t count, int64_t E, int64_t* order,
+// Ids of rows in windows, one after another, of `size` ids each; the first used[w] are of window w.
+struct Ids {
+  const int64_t *ids, *used;
+  int64_t windows, size;
+};
+
+// Rows of experts [first, first + E) of `all`, by expert, in their order within one: counting them,
+// then placing them
+inline bool sort_rows(const Ids& in, int64_t first, int64_t E, int64_t all, int64_t* order,
                       int64_t* starts) {
+  auto each = [&](auto take) {
+    for (int64_t w = 0; w < in.windows; w++)
+      for (int64_t i = w * in.size; i < w * in.size + in.used[w]; i++) {
+        const int64_t e = in.ids[i];
+        if (e < 0 || e >= all) return false;
+        if (e >= first && e < first + E) take(i, e - first);
+      }
+    return true;
+  };
   memset(starts, 0, sizeof(int64_t) * (E + 1));
-  for (int64_t i = 0; i < count; i++) {
-    if (ids[i] < 0 || ids[i] >= E) return false;
-    starts[ids[i] + 1]++;
-  }
+  if (!each([&](int64_t, int64_t e) { starts[e + 1]++; })) return false;
   for (int64_t e = 0; e < E; e++) starts[e + 1] += starts[e];
-  for (int64_t i = 0; i < count; i++) order[starts[ids[i]]++] = i;
+  each([&](int64_t i, int64_t e) { order[starts[e]++] = i; });
   for (int64_t e = E; e > 0; e--) starts[e] = starts[e - 1];
   starts[0] = 0;
   return true;
@@ -151,6 +164,7 @@ struct Backward {
   float* by_weights;
   char *by_w1, *by_w2;
   Into into;
+  int64_t grad_A;  // rows of the order to a row of grad: A, or 1 where it is weighted already
 
   bool run(int64_t e) const {
     const int64_t from = plan.starts[e], n = plan.starts[e + 1] - from, padded = up(n, 32);
@@ -180,7 +194,7 @@ struct Backward {
     for (int64_t i = 0; i < padded; i++) {
       scale[i] = i >= n ? 0.0f : weights ? weights[order[i]] : 1.0f;
       if (i < n)
-        memcpy((void*)(dy + i * stride(s.D)), grad + order[i] / s.A * s.D, 2 * s.D);
+        memcpy((void*)(dy + i * stride(s.D)), grad + order[i] / grad_A * s.D, 2 * s.D);
       else
         memset((void*)(dy + i * stride(s.D)), 0, 2 * s.D);
     }
@@ -297,7 +311,17 @@ using namespace PTM_NAMESPACE;
 #if PTM_ISA_PORTABLE
 PTM_EXPORT(moe_plan)
 (const void* ids, void* order, void* starts, int64_t count, int64_t E, int64_t) {
-  const bool known = sort_rows((const int64_t*)ids, count, E, (int64_t*)order, (int64_t*)starts);
+  const Ids all{(const int64_t*)ids, &count, 1, count};
+  const bool known = sort_rows(all, 0, E, E, (int64_t*)order, (int64_t*)starts);
+  return known ? PTM_OK : PTM_BAD_SHAPE;
+}
+
+// The same of experts [first, first + E) of `all`, over windows of `size` ids, used[w] of them rows.
+PTM_EXPORT(moe_plan_windows)
+(const void* ids, const void* used, void* order, void* starts, int64_t windows, int64_t size,
+ int64_t first, int64_t E, int64_t all, int64_t) {
+  const Ids in{(const int64_t*)ids, (const int64_t*)used, windows, size};
+  const bool known = sort_rows(in, first, E, all, (int64_t*)order, (int64_t*)starts);
   return known ? PTM_OK : PTM_BAD_SHAPE;
 }
 #endif
@@ -336,9 +360,9 @@ PTM_EXPORT(moe_mlp_backward)
 (const void* grad, const void* x, const void* weights, const void* w1, const void* w2,
  const void* order, const void* starts, const void* hidden, void* rows, void* by_x,
  void* by_weights, void* by_w1, void* by_w2, int64_t into, int64_t T, int64_t A, int64_t D,
- int64_t F, int64_t E, int64_t threads) {
+ int64_t F, int64_t E, int64_t grad_A, int64_t threads) {
   const Shape s{T, A, D, F, E};
-  if (!fits(s) || into < kRounded || into > kAdded) return PTM_BAD_SHAPE;
+  if (!fits(s) || grad_A < 1 || into < kRounded || into > kAdded) return PTM_BAD_SHAPE;
   const Backward backward{s,
                           {(const int64_t*)order, (const int64_t*)starts},
                           (const bf16*)grad,
@@ -351,7 +375,8 @@ PTM_EXPORT(moe_mlp_backward)
                           (float*)by_weights,
                           (char*)by_w1,
                           (char*)by_w2,
-                          Into(into)};
+                          Into(into),
+                          grad_A};
   std::atomic<int> status{PTM_OK};
   parallel_for(E, 1, threads, [&](int64_t begin, int64_t end) {
     Part part;

@@ -23,6 +23,7 @@ import torch
 
 from ptm.bench import peers
 from ptm.bench.interleave import POLL_S
+from ptm.bench.layer import Layer
 from ptm.build import make_plan
 from ptm.common import env
 from ptm.data.pack import Batch, pack
@@ -50,7 +51,9 @@ def main(folder: Path) -> None:
         wait_for(folder / "go-0")
         mesh = open_mesh(recipe.engine.timeout_s, recipe.engine.ep, make_port)
         is_profiled = job["options"].pop("is_profiled", False)
-        if job["peer"] is not None:
+        if job["peer"] == "experts":
+            runner = Runner(recipe, mesh, Layer(recipe, mesh, **job["options"]), "experts")
+        elif job["peer"] is not None:
             runner = Runner(recipe, mesh, peers.make_peer(job["peer"], recipe, mesh), job["peer"])
         else:
             runner = make_runner(recipe, mesh, job["options"], name=folder.name)
@@ -126,7 +129,7 @@ def make_runner(recipe: Recipe, mesh: Mesh, options: dict[str, Any], *, name: st
 class Runner:
     recipe: Recipe
     mesh: Mesh
-    engine: Engine
+    engine: Engine | Layer
     peer: str | None = None
     step: int = 0
 
@@ -140,17 +143,7 @@ class Runner:
         started = time.perf_counter()
         tokens, loss = 0, math.nan
         for micro_batches in batches:
-            outcome = train_step(
-                self.engine,
-                pretrain,
-                micro_batches,
-                lr=self.recipe.train.lr,
-                flags=[],
-                device=self.mesh.device,
-            )
-            if self.peer is None:
-                self.engine.commit(self.step + 1, {})  # as in a run: nothing without a disk
-            loss = outcome.loss
+            loss = self.train(micro_batches)
             tokens += sum(int(batch.loss_mask.sum()) for batch in micro_batches)
             self.step += 1
         self.engine.drain()
@@ -171,6 +164,22 @@ class Runner:
             "report": {key: value - report.get(key, 0.0) for key, value in now.items()},
             "version": version(self.recipe, self.peer),
         }
+
+    def train(self, micro_batches: list[Batch]) -> float:
+        """One step; its loss."""
+        if isinstance(self.engine, Layer):
+            return self.engine.train(len(micro_batches))
+        outcome = train_step(
+            self.engine,
+            pretrain,
+            micro_batches,
+            lr=self.recipe.train.lr,
+            flags=[],
+            device=self.mesh.device,
+        )
+        if self.peer is None:
+            self.engine.commit(self.step + 1, {})  # as in a run: nothing without a disk
+        return outcome.loss
 
     def profile(self) -> dict[str, Any]:
         """One step under torch's profiler: its seconds, those of each op itself, and those in

@@ -10,7 +10,8 @@ types and sizes, and other devices, take the reference: rows moved to aligned gr
 experts one after another or torch's grouped GEMM (grouped_gemm.py), rows added up.
 
 A step of autograd that has rows of its own (ptm/parallel/expert.py) calls `forward_rows` and
-`backward_rows`.
+`backward_rows`; one whose rows lie where ranks share memory (ptm/parallel/in_memory.py) the same
+`_in_place`, with the kernel only.
 """
 
 from __future__ import annotations
@@ -117,6 +118,58 @@ def backward_rows(
     return by_x.index_select(0, kept.order)
 
 
+def plan_windows(
+    ids_WS: Tensor, used_W: Tensor, experts: slice, num_experts: int
+) -> tuple[Tensor, Tensor]:
+    """Numbers w x S + s of the rows of `experts`, by expert, window w and place s within it, and
+    where each expert's begin, (e + 1,). used (W,): ids of each window that are there."""
+    num_local = experts.stop - experts.start
+    order = ids_WS.new_empty(int(used_W.sum()))
+    starts = ids_WS.new_empty(num_local + 1)
+    native.call("moe_plan_windows", ids_WS, used_W, order, starts, *ids_WS.shape,
+                experts.start, num_local, num_experts)  # fmt: skip
+    return order[: int(starts[-1])], starts
+
+
+def forward_in_place(
+    x_MD: Tensor,
+    w1_EGD: Tensor,
+    w2_EDF: Tensor,
+    order_Q: Tensor,
+    starts: Tensor,
+    *,
+    to_ND: Tensor,
+    keep: bool,
+) -> Tensor:
+    """Row n of the order from row n // A of x to row n of `to`, A = N / M. Returns what the
+    backward wants, (Q, 2F), or nothing."""
+    M, D = x_MD.shape
+    hidden = x_MD.new_empty(len(order_Q) if keep else 0, w1_EGD.shape[1])
+    native.call("moe_mlp", x_MD, None, w1_EGD.contiguous(), w2_EDF.contiguous(), order_Q, starts,
+                None, to_ND, hidden if keep else None, M, len(to_ND) // M, D, w2_EDF.shape[2],
+                len(w1_EGD))  # fmt: skip
+    return hidden
+
+
+def backward_in_place(
+    x_MD: Tensor,
+    w1_EGD: Tensor,
+    w2_EDF: Tensor,
+    order_Q: Tensor,
+    starts: Tensor,
+    hidden: Tensor,
+    *,
+    rows_ND: Tensor,
+    into: tuple[Tensor, ...] | None,
+    adds: bool = False,
+) -> None:
+    """rows: row n of the order holds what it returned, and takes the gradient of row n // A of x.
+    into: as in `backward_rows`; None for experts that need none."""
+    by_w = (None, None) if into is None else into
+    _call_backward(rows_ND, x_MD, None, w1_EGD, w2_EDF, order_Q, starts, hidden, None, rows_ND,
+                   None, *by_w, adds=adds, active=len(rows_ND) // len(x_MD))  # fmt: skip
+
+
 def puts_gradients(x_QD: Tensor, w1_EGD: Tensor, w2_EDF: Tensor) -> bool:
     """Whether `backward_rows` takes the rooms of a sink."""
     return _serves(x_QD, w1_EGD, w2_EDF)
@@ -186,15 +239,17 @@ def _backward(grad, x, weights, w1, w2, order, starts, hidden, by_experts: bool)
 
 
 def _call_backward(
-    grad, x, weights, w1, w2, order, starts, hidden, *outputs: Tensor | None, adds: bool = False
-) -> None:
-    """outputs: rows, and the gradients of x, weights, w1 and w2."""
-    active = 1 if weights is None else weights.shape[1]
+    grad, x, weights, w1, w2, order, starts, hidden, *outputs: Tensor | None, adds: bool = False,
+    active: int = 1,
+) -> None:  # fmt: skip
+    """outputs: rows, and the gradients of x, weights, w1 and w2. active: rows of grad to one of x,
+    where there are no weights."""
+    active = active if weights is None else weights.shape[1]
     weights = None if weights is None else weights.contiguous()
     is_exact = outputs[3] is not None and outputs[3].dtype is torch.float32
     native.call("moe_mlp_backward", grad.contiguous(), x.contiguous(), weights, w1.contiguous(),
                 w2.contiguous(), order, starts, hidden, *outputs, is_exact + adds, len(x), active,
-                x.shape[1], w2.shape[2], len(w1))  # fmt: skip
+                x.shape[1], w2.shape[2], len(w1), 1 if weights is None else active)  # fmt: skip
 
 
 @torch.library.register_fake("ptm::moe_mlp_backward")

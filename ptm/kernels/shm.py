@@ -44,6 +44,39 @@ def make_port(rank: int, world: int, timeout_s: float, *, room: int = ROOM_BYTES
     return Port(rank, world, timeout_s, room=room)
 
 
+class SharedFile:
+    """Memory without a name that other processes may map. `close` when all of them have."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._fd = os.memfd_create("ptm")
+        os.ftruncate(self._fd, size)
+
+    @property
+    def place(self) -> list[int]:
+        """Where a peer finds it; the last two tell it from any other file."""
+        stat = os.fstat(self._fd)
+        return [os.getpid(), self._fd, stat.st_dev, stat.st_ino]
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def map_file(place: Sequence[int], size: int) -> Tensor:
+    """The bytes of a peer's SharedFile, (size,) uint8. Raises OSError where it cannot be opened."""
+    pid, fd, device, inode = place
+    file = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
+    try:
+        stat = os.fstat(file)
+        if (stat.st_dev, stat.st_ino, stat.st_size) != (device, inode, size):
+            raise FileNotFoundError(f"/proc/{pid}/fd/{fd} is of another process")
+        return torch.frombuffer(mmap.mmap(file, size), dtype=torch.uint8)
+    finally:
+        os.close(file)
+
+
 class Work:
     """An exchange under way; keeps its tensors alive. `wait` before they are read or changed."""
 
@@ -68,9 +101,7 @@ class Port:
         self.names = [f"rank {r}" for r in range(world)]
         size = torch.empty(1, dtype=torch.int64)
         native.call("shm_bytes", world, room, size)
-        self._size = int(size)
-        self._memory_fd = os.memfd_create("ptm")
-        os.ftruncate(self._memory_fd, self._size)
+        self._file = SharedFile(int(size))
         self._arenas: list[Tensor] = []
         self._handle = 0
         self._exchanges = 0
@@ -78,14 +109,13 @@ class Port:
 
     @property
     def place(self) -> list[int]:
-        """Where a peer finds this rank's memory; the last two tell it from any other file."""
-        stat = os.fstat(self._memory_fd)
-        return [os.getpid(), self._memory_fd, stat.st_dev, stat.st_ino]
+        """Where a peer finds this rank's memory."""
+        return self._file.place
 
     def join(self, places: Sequence[Sequence[int]], names: Sequence[str] = ()) -> None:
         """Map every rank's memory. names: of the ranks, in errors. Raises OSError where one cannot
         be opened; the ports of all ranks are to be closed then."""
-        self._arenas = [self._map(*place) for place in places]
+        self._arenas = [map_file(place, self._file.size) for place in places]
         self.names = list(names) or self.names
         watched = [_watch(pid) for pid, *_ in places]
         self._pid_fds = [fd for fd in watched if fd >= 0]
@@ -96,16 +126,6 @@ class Port:
         handle = torch.empty(1, dtype=torch.int64)
         native.call("shm_open", self.rank, self.world, self.room, bases, fds, handle)
         self._handle = int(handle)
-
-    def _map(self, pid: int, fd: int, device: int, inode: int) -> Tensor:
-        file = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
-        try:
-            stat = os.fstat(file)
-            if (stat.st_dev, stat.st_ino, stat.st_size) != (device, inode, self._size):
-                raise FileNotFoundError(f"/proc/{pid}/fd/{fd} is of another process")
-            return torch.frombuffer(mmap.mmap(file, self._size), dtype=torch.uint8)
-        finally:
-            os.close(file)
 
     def start(
         self, writes: Sequence[tuple[int, Tensor]], reads: Sequence[tuple[int, bool, Tensor]]
@@ -141,9 +161,7 @@ class Port:
             self._handle = 0
             for fd in self._pid_fds:
                 os.close(fd)
-        if self._memory_fd >= 0:
-            os.close(self._memory_fd)
-            self._memory_fd = -1
+        self._file.close()
         self._arenas = []
 
 

@@ -15,6 +15,7 @@ LocalDispatcher does.
 
     AllToAllDispatcher   the drawing as it stands; the backward is the same with the arrows turned
     ChunkedDispatcher    the same in pieces, so that one is computed while others are on their way
+    InMemoryDispatcher   no rows travel: ranks of one machine read each other's (in_memory.py)
 
 Pieces are ranges of every rank's local experts, not of the tokens: each expert still has all of its
 rows in one product, reads its weights once and writes their gradient once, so the result has the
@@ -43,13 +44,16 @@ from ptm.kernels.permute import combine, permute
 from ptm.kernels.sink import put, rooms_of, sinks_of
 from ptm.mesh.collectives import Pending, all_to_all
 from ptm.mesh.mesh import Mesh
+from ptm.mesh.shared import port_of
 from ptm.model.dispatch import Dispatcher, LocalDispatcher
 from ptm.model.experts import Experts
 from ptm.model.router import Routing
+from ptm.parallel.in_memory import InMemoryDispatcher
 
 
 def dispatcher_for(mesh: Mesh, num_experts: int, chunks: int = 1) -> Dispatcher:
-    """The dispatcher of this mesh's ep axis; at most one chunk for each local expert.
+    """The dispatcher of this mesh's ep axis; at most one chunk for each local expert, and none
+    where the axis shares memory and the kernel serves.
 
     Raises RecipeError where ep does not divide the experts.
     """
@@ -59,8 +63,12 @@ def dispatcher_for(mesh: Mesh, num_experts: int, chunks: int = 1) -> Dispatcher:
     if num_ranks == 1:
         return LocalDispatcher()
     if chunks == 1:
-        return AllToAllDispatcher(mesh, num_experts)
-    return ChunkedDispatcher(mesh, num_experts, chunks)
+        found: Dispatcher = AllToAllDispatcher(mesh, num_experts)
+    else:
+        found = ChunkedDispatcher(mesh, num_experts, chunks)
+    if port_of(mesh.ep.get_group()) is not None:
+        return InMemoryDispatcher(mesh, num_experts, otherwise=found)
+    return found
 
 
 def check_experts(ep: int, num_experts: int) -> None:

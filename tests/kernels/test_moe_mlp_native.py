@@ -7,7 +7,15 @@ import torch.nn.functional as F
 
 from ptm.common.errors import KernelError
 from ptm.kernels import native
-from ptm.kernels.moe_mlp import Kept, backward_rows, forward_rows, moe_mlp
+from ptm.kernels.moe_mlp import (
+    Kept,
+    backward_in_place,
+    backward_rows,
+    forward_in_place,
+    forward_rows,
+    moe_mlp,
+    plan_windows,
+)
 from ptm.kernels.permute import slots
 from tests.support.native import each_isa, error, needs_library, poisoned, same_bits
 
@@ -104,6 +112,32 @@ def test_rows_with_one_expert_and_no_weight(isa):
 
 
 @each_isa
+def test_rows_in_windows_have_the_bits_of_rows_that_were_sent(isa):
+    """Two windows of 40 rows, 17 and 33 of them in use; experts 1 and 2 of 4."""
+    x, ids, _, w1, w2, grad = inputs(80, 32, 64, 4, 2, 4)
+    used = torch.tensor([2 * 17, 2 * 33])
+    here = [torch.arange(40 * w, 40 * w + n) for w, n in enumerate((17, 33))]
+    rows = torch.cat([(2 * t[:, None] + torch.arange(2)).flatten() for t in here])
+    rows = rows[(ids.flatten()[rows] == 1) | (ids.flatten()[rows] == 2)]
+    mine, x = ids.flatten()[rows] - 1, x.detach()
+    w1, w2 = w1.detach()[1:3].clone(), w2.detach()[1:3].clone()
+    grads = torch.stack([grad, grad.flip(0)], 1).view(160, 32)
+    with native.forced(isa), poisoned(), torch.no_grad():
+        y, kept = forward_rows(x[rows // 2], mine, counted(mine, 2), w1, w2)
+        into = torch.empty_like(w1), torch.empty_like(w2)
+        by_x = backward_rows(grads[rows], w1, w2, kept, into=into)
+        order, starts = plan_windows(ids.reshape(2, 80), used, slice(1, 3), 4)
+        to, places = torch.zeros(160, 32, dtype=BF16), (order, starts)
+        hidden = forward_in_place(x, w1, w2, *places, to_ND=to, keep=True)
+        assert torch.equal(to[rows], y) and to.any(1).sum() == len(rows)
+        again, both = (torch.empty_like(w1), torch.empty_like(w2)), grads.clone()
+        backward_in_place(x, w1, w2, *places, hidden, rows_ND=both, into=again)
+    assert torch.equal(both[rows], by_x) and all(map(torch.equal, into, again))
+    others = torch.ones(160, dtype=torch.bool).index_fill(0, rows, False)
+    assert torch.equal(both[others], grads[others])
+
+
+@each_isa
 def test_frozen_experts_get_no_gradient_and_nothing_is_kept_without_one(isa):
     x, ids, weights, w1, w2, grad = inputs(50, 32, 32, 4, 2, 4)
     counts = counted(ids, 4)
@@ -138,6 +172,16 @@ def test_the_order_is_a_stable_sort():
     assert place[order].tolist() == sorted(place.tolist())
     with pytest.raises(KernelError, match="kernel=moe_plan: shapes it cannot do"):
         torch.ops.ptm.moe_plan(ids, 3)
+
+
+@needs_library
+def test_rows_of_windows_are_sorted_too_and_what_lies_behind_them_is_not_read():
+    ids = torch.tensor([[2, 0, 0, 3], [2, 3, 0, 9]])
+    used = torch.tensor([4, 3])
+    order, starts = plan_windows(ids, used, slice(2, 4), 4)
+    assert order.tolist() == [0, 4, 3, 5] and starts.tolist() == [0, 2, 4]
+    with pytest.raises(KernelError, match="kernel=moe_plan_windows: shapes it cannot do"):
+        plan_windows(ids, used, slice(0, 2), 3)
 
 
 @needs_library

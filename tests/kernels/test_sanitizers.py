@@ -12,7 +12,7 @@ from tests.support.asan import asan, needs_asan
 from tests.support.native import needs_library
 
 ROOT = Path(__file__).resolve().parents[2]
-WATCHED = ["rmsnorm", "rope", "router", "adamw", "add_pieces", "fake_quant", "gptq"]
+WATCHED = ["rmsnorm", "rope", "router", "adamw", "add_pieces", "fake_quant", "gptq", "moe_ep"]
 
 BUILD = """
 import sys

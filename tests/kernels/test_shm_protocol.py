@@ -16,6 +16,7 @@ BUGS = {
     3: "moves the tail before it has read",
     4: "looks at the head without acquire",
     5: "moves the tail without release",
+    6: "writes a window that others may still read",
 }
 # The sanitizer needs addresses where it expects them: GCC 12's knows less random ones.
 FIXED = ["setarch", platform.machine(), "-R"]
