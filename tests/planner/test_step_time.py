@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import statistics
 import time
@@ -12,6 +13,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from ptm.common.plan import Spent
 from ptm.engine.engine import PagedEngine
@@ -25,9 +27,9 @@ from ptm.planner.price import price
 from ptm.planner.probe import with_speed
 from ptm.planner.step_time import flops, spent, step_s, wire_of
 from ptm.recipe import load_recipe
-from ptm.trainer.objectives import pretrain
+from ptm.trainer.objectives import Loss, pretrain
 from ptm.trainer.step import train_step
-from tests.planner.test_memory import make, make_batch, make_job, train
+from tests.planner.test_memory import Batch, make, make_batch, make_job, train
 from tests.planner.test_states import full
 from tests.support.mesh import mesh_of_test
 from tests.support.ranks import run_ranks
@@ -110,7 +112,8 @@ def take_turns(rank: int, world: int, job: Job, steps: int, folder: str) -> list
         times = planned(job) if rank == 0 else ()
         dist.barrier()
         after = take_steps(engine, job, steps)
-        cpu_s, wall_s = ((a + b) / 2 for a, b in zip(before, after))
+        pieces, walls = zip(*before, *after)
+        cpu_s, wall_s = sum(map(statistics.median, zip(*pieces))), statistics.median(walls)
         parts = {part.what: part.seconds for part in times}
         found.append(Compared(step_s(times), cpu_s, wall_s, parts))
         before = after
@@ -118,18 +121,32 @@ def take_turns(rank: int, world: int, job: Job, steps: int, folder: str) -> list
     return found
 
 
-def take_steps(engine: PagedEngine, job: Job, steps: int) -> tuple[float, float]:
-    """Median seconds of a step, update and all, from batches that another thread made."""
+def take_steps(engine: PagedEngine, job: Job, steps: int) -> list[tuple[list[float], float]]:
+    """Of each step CPU seconds by piece, each forward and each backward, and seconds in all, update
+    and all, from batches that another thread made.
+
+    By piece, because the plan has medians of pieces: where speed jumps between two values, that of
+    a long step is the mean of both and that of a piece the one that is seen more often.
+    """
     taken = []
     for _ in range(steps):
         vocab, shape = job.model.vocab_size, (job.micro_rows, job.seq_len)
         batches = [make_batch(vocab, *shape) for _ in range(job.micro_batches)]
-        cpu, wall = time.process_time(), time.perf_counter()
-        train_step(engine, pretrain, batches, lr=1e-3, flags=[], device=torch.device("cpu"))
+        marks = []
+
+        def objective(model: nn.Module, batch: Batch, marks: list[float] = marks) -> Loss:
+            marks.append(time.process_time())
+            loss = pretrain(model, batch)
+            marks.append(time.process_time())
+            return loss
+
+        wall = time.perf_counter()
+        train_step(engine, objective, batches, lr=1e-3, flags=[], device=torch.device("cpu"))
         engine.drain()
-        taken.append((time.process_time() - cpu, time.perf_counter() - wall))
-    cpu_s, wall_s = map(statistics.median, zip(*taken))
-    return cpu_s, wall_s
+        marks.append(time.process_time())
+        pieces = [after - before for before, after in itertools.pairwise(marks)]
+        taken.append((pieces, time.perf_counter() - wall))
+    return taken
 
 
 def planned(job: Job) -> tuple[Spent, ...]:
