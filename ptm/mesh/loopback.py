@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+now_s = time.perf_counter
 _TIMEOUT = datetime.timedelta(seconds=30)
 
 
@@ -37,9 +38,9 @@ def measure_loopback(num_bytes: int, repeats: int = 5) -> Loopback:
             times = []
             for _ in range(count):
                 gate.wait()
-                started = time.perf_counter()
+                started = now_s()
                 group.alltoall_base(received, sent, [], []).wait()  # type: ignore
-                times.append(time.perf_counter() - started)
+                times.append(now_s() - started)
             found[index, size] = statistics.median(times[1:])
 
     threads = [threading.Thread(target=rank, args=(index,)) for index in range(2)]

@@ -1,8 +1,7 @@
 """How fast this machine is: measured once in a few seconds, and kept in the user's cache folder.
 
     rates      products, experts, attention, vocabulary, memory, the optimizer, gloo's loopback
-    the job    one block and the root of the job's model, forward and backward, at its micro-batch:
-               what a closed form cannot know of caches, shapes of products and small kernels
+    the job    blocks and the root of its model, forward and backward (ptm/planner/job_time.py)
     the disk   ptm/engine/tier.py's probe, under engine.ssd_path
 
 Kept in speed.json by processor, torch version, kernels and threads; jobs by their shapes. Only
@@ -27,33 +26,30 @@ from typing import Any
 
 import psutil
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ptm.common import env
-from ptm.common.device import best_device, sync
+from ptm.common.device import best_device
 from ptm.engine import tier
 from ptm.engine.split import join, split
-from ptm.engine.states import CHUNK
+from ptm.engine.stream import CHUNK
 from ptm.kernels import native
+from ptm.kernels.adamw import Stored
 from ptm.kernels.attention import causal_attention
 from ptm.kernels.loss import linear_cross_entropy
 from ptm.kernels.moe_mlp import moe_mlp
 from ptm.mesh.loopback import measure_loopback
-from ptm.model.context import make_context
-from ptm.model.transformer import Transformer
-from ptm.optim.adamw import adamw
+from ptm.optim.adamw import AdamW
 from ptm.optim.config import OptimConfig
 from ptm.planner import states
 from ptm.planner.hardware import Hardware
 from ptm.planner.job import Job
+from ptm.planner.job_time import PRECISIONS, Clock, time_job
 from ptm.planner.speed import Speed, Timed
-from ptm.planner.step_time import flops
 
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-_JOB_S = 4.0
-"""A job whose block and root take longer is not timed."""
-_BLOCKS = 2
-_REPEATS, _REPEATED_S = 7, 1.5
+_WAY = 2
+"""Of measuring: what was kept by another is measured anew."""
+_REPEATS = 7
 _DISK_S = 1.0
 
 
@@ -96,7 +92,7 @@ def _wanted(
     if job.ranks > 1 and _link_key(job) not in kept:
         found.append((_link_key(job), lambda _: measure_loopback(_message(job)).bytes_per_s))
     if _job_key(job) not in kept:
-        found.append((_job_key(job), lambda kept: _time_job(job, kept["rates"])))
+        found.append((_job_key(job), lambda kept: time_job(job, kept["rates"])))
     if ssd_path is not None and _disk_key(ssd_path) not in kept:
         found.append((_disk_key(ssd_path), lambda _: _disk(ssd_path, job)))
     return found
@@ -107,7 +103,7 @@ def _wanted(
 
 def _rates(job: Job) -> dict[str, Any]:
     device = best_device()
-    precisions = {p: _flops_per_s(dtype, device) for p, dtype in _DTYPES.items()}
+    precisions = {p: _flops_per_s(dtype, device) for p, dtype in PRECISIONS.items()}
     adam = _adam(torch.device("cpu"))
     memory = _copy(device)
     return {
@@ -159,22 +155,23 @@ def _copy(device: torch.device, to: str | None = None) -> float:
 
 
 def _adam(device: torch.device) -> float:
-    """Parameters a second of the update as the engine does it, chunk by chunk, split masters."""
-    chunks, config = 16, OptimConfig()
+    """Parameters a second of the update as the engine does it, chunk by chunk, split masters,
+    beyond caches."""
+    chunks, rule = 64, AdamW(OptimConfig())
     fp32 = [torch.full((chunks, CHUNK), 1e-3, device=device) for _ in range(3)]
     weight = torch.zeros(chunks, CHUNK, dtype=torch.bfloat16, device=device)
     rest = torch.zeros(chunks, CHUNK, dtype=torch.int16, device=device)
-    master = torch.empty(CHUNK, device=device)
-    grad = torch.empty(CHUNK, device=device)
+    master, grad = (torch.empty(CHUNK, device=device) for _ in range(2))
 
     def sweep() -> None:
-        for i in range(chunks):
-            torch.mul(fp32[0][i], 0.5, out=grad)
-            join(weight[i], rest[i], master)
-            m, v = fp32[1][i], fp32[2][i]
-            more = {"exp_avg": m, "exp_avg_sq": v, "step": 5, "lr": 1e-3, "decay": True}
-            adamw(master, grad=grad, config=config, **more)
-            split(master, weight[i], rest[i])
+        for summed, m, v, near, left in zip(*fp32, weight, rest):
+            values = {"step": 5, "lr": 1e-3}
+            stored = Stored(near, left, m, v)
+            if not rule.sweep(stored, summed, scale=0.5, middle=CHUNK, **values):
+                torch.mul(summed, 0.5, out=grad)
+                join(near, left, master)
+                rule(master, grad=grad, exp_avg=m, exp_avg_sq=v, decay=True, **values)
+                split(master, near, left)
 
     return chunks * CHUNK / _median(sweep, device)
 
@@ -186,76 +183,8 @@ def _disk(path: Path | None, job: Job) -> dict[str, float]:
     return {"ssd_read": found.read_bytes_per_s, "ssd_write": found.write_bytes_per_s}
 
 
-# The job.
-
-
-def _time_job(job: Job, rates: dict[str, Any]) -> dict[str, float] | None:
-    """Seconds of a block and of the root; None where that would take too long or too much."""
-    layers = min(_BLOCKS, job.model.num_hidden_layers)
-    one = replace(job, model=replace(job.model, num_hidden_layers=layers))
-    seconds = sum(
-        3 * count / rates["flops_per_s"][job.precision][kind] for kind, count in flops(one).items()
-    )
-    weights = sum(unit.numel for unit in states.layout(one).units) * 3 * job.compute_bytes
-    if seconds > _JOB_S or weights > psutil.virtual_memory().available // 4:
-        return None
-    device = best_device()
-    model = Transformer(one.model, dtype=_DTYPES[job.precision], device=device)
-    model.init_weights(0)
-    model.train()
-    blocks, model.model.layers = model.model.layers, nn.ModuleList()
-    shape = (job.micro_rows, job.seq_len + 1)
-    spent: list[tuple[float, ...]] = []
-    ends = time.perf_counter() + _REPEATED_S
-    while len(spent) < _REPEATS or (time.perf_counter() < ends and len(spent) < 50):
-        ids = torch.randint(0, one.model.vocab_size, shape, device=device)
-        spent.append(_once(model, blocks, ids))
-    names = [field.name for field in dataclasses.fields(Timed)]
-    medians = [statistics.median(column) for column in zip(*spent[2:])]
-    return dict(zip(names, (job.micro_tokens, *medians)))
-
-
-def _once(model: Transformer, blocks: nn.ModuleList, ids: Tensor) -> tuple[float, ...]:
-    """Seconds of a block's forward and backward and of the root's, on ids not seen before, as rows
-    of experts vary in a run too. More than one block, so that no weights stay in caches."""
-    device = ids.device
-    inputs, labels = ids[:, :-1].contiguous(), ids[:, 1:].flatten()
-    # Two documents in a row, so that there are masks, as in a run.
-    documents = (torch.arange(inputs.shape[1], device=device) * 2 // inputs.shape[1]).long()
-    documents = documents.expand_as(inputs).contiguous()
-    clock = _Clock(device)
-    context = make_context(model.config, inputs, document_ids_BL=documents)
-    x = model.model.embed_tokens(inputs)
-    row = x.detach().requires_grad_()
-    clock.lap()
-    y = row
-    for block in blocks:
-        y = block(y, context).y_BLD
-    block_forward_s = clock.lap() / len(blocks)
-    y.backward(torch.full_like(y, 1e-3))
-    block_backward_s = clock.lap() / len(blocks)
-    hidden = model.run(inputs, context)
-    loss = linear_cross_entropy(hidden.flatten(0, 1), model.head_weight, labels)
-    root_forward_s = clock.lap()
-    loss.backward()
-    root_backward_s = clock.lap()
-    for parameter in (*blocks.parameters(), *model.parameters()):
-        parameter.grad = None
-    return block_forward_s, block_backward_s, root_forward_s, root_backward_s
-
-
-class _Clock:
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.last_s = device, time.perf_counter()
-
-    def lap(self) -> float:
-        sync(self.device)
-        before, self.last_s = self.last_s, time.perf_counter()
-        return self.last_s - before
-
-
 def _median(run: Callable[[], Any], device: torch.device) -> float:
-    clock, times = _Clock(device), []
+    clock, times = Clock(device), []
     for _ in range(_REPEATS):
         clock.lap()
         run()
@@ -272,7 +201,7 @@ def _threads(local_ranks: int) -> int:
 
 
 def _machine_key(job: Job, threads: int) -> str:
-    names = {platform.node(), platform.machine(), _processor(), job.device}
+    names = {platform.node(), platform.machine(), _processor(), job.device, f"way {_WAY}"}
     if job.device == "cuda":
         names.add(torch.cuda.get_device_name())
     kernels = f"kernels {native.isa() or 'of torch'} {native.digest()}"

@@ -27,13 +27,14 @@ from ptm.planner.activations import puts_in_place
 from ptm.planner.job import Job
 from ptm.planner.speed import Speed
 
-AGAIN = {"cpu": 1.25, "cuda": 1.0}
-"""Seconds of a recomputed forward, in forwards: it is watched operator by operator for the choices
-that are kept (ptm/parallel/recompute.py). cpu: measured 2026-11, mini scale. cuda: not measured."""
-
+WATCHED_S = 3.5e-3
+"""Python beside a block that is run again: both times it is watched operator by operator for the
+choices that are kept (ptm/parallel/recompute.py). Measured on one core of a Sapphire Rapids at
+widths of 64 and 256, 3.6 and 3.5 ms (2026-11); on a GPU it runs while that works."""
 
 HOOK_S = 80e-6
-"""The engine's Python for a parameter in a micro-batch; measured 2026-11 on one core at work."""
+"""The engine's Python for a parameter in a micro-batch, beside what is timed with the blocks: 54 to
+94 us on one core of a Sapphire Rapids, as busy as others make it (2026-11, debug scale)."""
 
 
 class Placed(NamedTuple):
@@ -129,9 +130,9 @@ def _average_rows(job: Job) -> float:
 
 
 def _compute_s(job: Job, speed: Speed) -> float:
-    again = AGAIN[job.device] if job.recompute == "block" else 0
+    again = job.recompute == "block"
+    layers = job.model.num_hidden_layers
     if (timed := speed.timed) is not None:
-        layers = job.model.num_hidden_layers
         block = timed.block_forward_s * (1 + again) + timed.block_backward_s
         one = layers * block + timed.root_forward_s + timed.root_backward_s
         one *= job.micro_tokens / timed.tokens
@@ -140,6 +141,8 @@ def _compute_s(job: Job, speed: Speed) -> float:
             count * (3 + again * (kind != "head")) / speed.rate(job.precision, kind)
             for kind, count in flops(job).items()
         )
+    if again and job.device == "cpu":
+        one += layers * WATCHED_S
     return one * job.micro_batches * speed.slowdown
 
 
@@ -187,11 +190,13 @@ def _copies_s(job: Job, speed: Speed) -> float:
     """On a GPU the hooks run while it works."""
     num = sum(len(group.slots) for unit in states.layout(job).units for group in unit.groups)
     hooks_s = HOOK_S * num * job.micro_batches if job.device == "cpu" else 0.0
-    return (_copied_bytes(job) / speed.memory + hooks_s) * speed.slowdown
+    copied = _copied_bytes(job, is_timed=speed.timed is not None)
+    return (copied / speed.memory + hooks_s) * speed.slowdown
 
 
-def _copied_bytes(job: Job) -> float:
-    """Bytes read and written by the engine itself in a step."""
+def _copied_bytes(job: Job, *, is_timed: bool) -> float:
+    """Bytes read and written by the engine itself in a step. is_timed: the blocks were, with their
+    gradients on the way into buffers."""
     placed = states.layout(job)
     c, owned, M = job.compute_bytes, placed.trained, job.micro_batches
     local = sum(unit.trained_numel for unit in placed.units)
@@ -199,12 +204,12 @@ def _copied_bytes(job: Job) -> float:
     weights = 2 * c * placed.numel * passes
     in_place = _experts_numel(job) if puts_in_place(job) else 0
     sums = 1 if job.zero == 1 and job.ranks > 1 else M
+    arrived = 0 if is_timed else (local - in_place) * 2 * c * M
     if job.zero == 1 and job.ranks > 1:
         # In fp32 where they are, over what is there or added to it, and not in c bytes elsewhere.
-        arrived = (local - in_place) * (c + 8) * M + in_place * (4 - c + (8 - c) * (M - 1))
+        arrived += (local - in_place) * (8 - c) * M + in_place * (4 - c + (8 - c) * (M - 1))
         landed = owned * (4 * job.ranks + 12)
     else:
-        arrived = (local - in_place) * 2 * c * M
         landed = owned * sums * (c * job.ranks + 8) + owned * 4
     return weights + arrived + landed
 

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from ptm.mesh.loopback import measure_loopback
-from ptm.planner import probe
+from ptm.model.transformer import Transformer
+from ptm.planner import job_time, probe
 from ptm.planner.hardware import Hardware, detect
 from ptm.planner.job import Job
 from ptm.planner.speed import WORK
@@ -57,7 +59,25 @@ def test_large_jobs_are_planned_by_rates(cache: Path) -> None:
 
     job = full(1, device="cpu")
     slow = {"flops_per_s": {"bf16": dict.fromkeys(WORK, 1e11)}}
-    assert probe._time_job(job, slow) is None
+    assert job_time.time_job(job, slow) is None
+
+
+def test_gradients_go_where_they_go_in_a_run() -> None:
+    job = make_job("debug", "bf16", "none")
+    model = Transformer(job.model, dtype=torch.bfloat16)
+    model.init_weights(0)
+    model.train()
+    blocks, model.model.layers = model.model.layers, nn.ModuleList()
+    rooms: dict[str, torch.Tensor] = {}
+    for unit in (*blocks, model):
+        job_time._take_gradients(unit, rooms)
+    for room in rooms.values():
+        room.fill_(torch.nan)
+    ids = torch.randint(0, job.model.vocab_size, (job.micro_rows, job.seq_len + 1))
+    assert all(seconds > 0 for seconds in job_time._once(model, blocks, ids))
+    assert all(room.isfinite().all() for room in rooms.values())
+    parameters = [*blocks.parameters(), *model.parameters()]
+    assert all(parameter.grad is None for parameter in parameters)
 
 
 def test_a_cache_folder_that_cannot_be_written(
