@@ -6,7 +6,6 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,6 +23,8 @@ from ptm.model.router import Routing
 from ptm.parallel.expert import AllToAllDispatcher, dispatcher_for, local_experts
 from ptm.parallel.in_memory import InMemoryDispatcher
 from ptm.parallel.recompute import recompute_blocks
+from tests.parallel.test_expert import CASES as ROUTED
+from tests.parallel.test_expert import any_two
 from tests.support.mesh import mesh_of_test
 from tests.support.native import needs_library
 from tests.support.ranks import RankFailed, run_ranks
@@ -35,26 +36,10 @@ CONFIG = ModelConfig(num_experts=E, hidden_size=D, moe_intermediate_size=F, num_
 BF16 = torch.bfloat16
 
 
-def any_two(rank: int, num_tokens: int) -> Tensor:
-    scores = torch.rand(num_tokens, E, generator=torch.Generator().manual_seed(rank))
-    return scores.argsort(1)[:, :A]
-
-
-def only(*experts: int) -> Callable[[int, int], Tensor]:
-    return lambda rank, num_tokens: torch.tensor(experts).expand(num_tokens, -1)
-
-
 # Tokens of each rank, and where they go. In this order the windows grow, twice.
-CASES: dict[str, tuple[list[int], Callable[[int, int], Tensor]]] = {
-    "no tokens at all": ([0, 0, 0, 0], any_two),
-    "odd numbers": ([7, 13, 1, 5], any_two),
-    "more": ([65, 40, 33, 50], any_two),
-    "a rank without tokens": ([0, 9, 3, 1], any_two),
-    "all to one expert": ([5, 3, 4, 2], only(E - 1)),
-    "all to the first rank": ([5, 0, 4, 21], only(0, 1)),
-    "idle experts": ([7, 3, 1, 2], only(6, 0)),
-    "many": ([611, 40, 333, 1], any_two),
-}
+_ORDER = ("no tokens at all", "odd numbers", "many", "a rank without tokens", "all to one expert",
+          "all to the first rank", "idle experts")  # fmt: skip
+CASES = {case: ROUTED[case] for case in _ORDER} | {"most": ([611, 40, 333, 1], any_two)}
 
 
 def in_memory(*args, **more):
@@ -230,7 +215,7 @@ def grow_in_between(rank: int, world: int) -> list[bool]:
         experts, few = experts_of(local_experts(mesh, E), sinks=False), x.clone().requires_grad_()
         counts = torch.bincount(ids.flatten(), minlength=E)
         y = dispatcher.run(few, Routing(ids, weights, counts, weights), experts)
-        many = mixed(dispatcher, experts, tokens_of("many", rank))
+        many = mixed(dispatcher, experts, tokens_of("most", rank))
         y.backward(grad)
         assert few.grad is not None
         results.append([y.detach(), few.grad, *many])
@@ -249,7 +234,7 @@ def test_windows_grow_between_a_forward_and_its_backward_and_the_old_ones_go():
 def in_fp32(rank: int, world: int) -> list[str]:
     mesh = shared_mesh(rank, world, ep=world)
     mine = local_experts(mesh, E)
-    x, ids, weights, grad = tokens_of("more", rank)
+    x, ids, weights, grad = tokens_of("many", rank)
     tokens = [x.float(), ids, weights, grad.float()]
     found = dispatcher_for(mesh, E, chunks=2)
     assert isinstance(found, InMemoryDispatcher)
@@ -273,7 +258,7 @@ def test_without_shared_memory_rows_are_sent():
 
 def forward_only(rank: int, world: int) -> list[bool]:
     mesh = shared_mesh(rank, world, ep=world)
-    x, ids, weights, _ = tokens_of("more", rank)
+    x, ids, weights, _ = tokens_of("many", rank)
     counts = torch.bincount(ids.flatten(), minlength=E)
     experts = experts_of(local_experts(mesh, E), sinks=False)
     routing = Routing(ids, weights, counts, weights)
@@ -297,7 +282,7 @@ def test_without_gradients_and_with_frozen_experts():
 def names_the_lost(rank: int, world: int, how: str, folder: Path) -> None:
     mesh = shared_mesh(rank, world, ep=world, timeout_s=3.0)
     found, experts = dispatcher_for(mesh, E), experts_of(local_experts(mesh, E), sinks=False)
-    tokens = tokens_of("many", rank)
+    tokens = tokens_of("most", rank)
     mixed(found, experts, tokens)
     if rank == 1:
         (folder / "pid").write_text(str(os.getpid()))
