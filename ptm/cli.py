@@ -112,7 +112,7 @@ VERBS = {
         "One HTML file about a run.", "ptm.jobs:ReportJob", "ptm.verbs:report", ("run",)
     ),
     "bench": Verb(
-        "Measure: router, updates, engines, experts, train, wire, tiers, kernels "
+        "Measure: router, updates, engines, experts, train, wire, tiers, kernels, decode, gptq "
         "(ptm bench train --help).",
         "ptm.jobs:BenchJob",
         "ptm.verbs:bench",

@@ -87,10 +87,10 @@ class PlanExportJob:
     scale: Scale = Scale.full
     "Its scale; full is as published."
     bits: str | None = None
-    """Bits of a weight: 4 or 8, or 6 with format=fp6; 16 quantizes nothing; auto: 4, 8 or 16 for
-    each linear at `size`. null is 4, or 6, or auto with a size."""
+    """Bits of a weight: 4 or 8, or 6 with format=fp6; 16 quantizes nothing; auto: 4, 8 or 16, and
+    a group, for each linear at `size`. null is 4, or 6, or auto with a size."""
     size: str | None = None
-    "Bytes of all weights, like 23.3GB, with bits=auto."
+    "Bytes of all tensors, like 23.3GB, with bits=auto."
     format: ExportFormat = ExportFormat.gptq
     "How codes are stored, as of ptm export."
     group: int = ranged(128, least=0, most=2**16)

@@ -34,9 +34,9 @@ from ptm.engine.terms import Terms
 from ptm.engine.trace import Trace
 from ptm.eval.perplexity import held_out
 from ptm.export import allocate
-from ptm.export.config import ExportConfig
+from ptm.export.config import AS_IS, BF16, ExportConfig
 from ptm.export.m32 import linears_of
-from ptm.export.quantize import AS_IS, BF16, check_sizes, grid_of, widths_of
+from ptm.export.quantize import check_sizes, grid_of
 from ptm.export.size import kinds_of
 from ptm.jobs import (
     BenchJob,
@@ -130,7 +130,7 @@ def show_export(job: PlanExportJob) -> None:
     check_sizes(linears, given)
     widths = dict.fromkeys(linears, AS_IS) if is_16 else None
     if job.size is not None:
-        grids = {w: grid_of(given, width=w) for w in widths_of(given)}
+        grids = {w: grid_of(given, width=w) for w in given.widths}
         as_is = dict.fromkeys(linears, AS_IS)
         whole = sum(kind.num_bytes for kind in kinds_of(model, given, as_is))
         rest = whole - sum(2 * outputs * inputs for outputs, inputs in linears.values())

@@ -23,15 +23,16 @@ from ptm.data.config import DataConfig
 from ptm.data.corpus import open_corpus
 from ptm.data.loader import Rows
 from ptm.export import allocate, card, quantize, verify
-from ptm.export.config import ExportConfig, ExportFormat, Fp6, Method, VerifyConfig
+from ptm.export.config import AS_IS, ExportConfig, ExportFormat, Fp6, Method, VerifyConfig, Width
 from ptm.export.crew import Crew
 from ptm.export.m32 import M32
 from ptm.export.ordinary import OrdinaryWalk
 from ptm.export.ordinary_config import is_ordinary
-from ptm.export.plot import bits_svg, errors_svg
+from ptm.export.plot import errors_svg
 from ptm.export.walk import Walk
 from ptm.mesh.mesh import open_mesh
 from ptm.mesh.peers import Peers
+from ptm.quant.grid import Grid
 from ptm.recipe import load_recipe
 from ptm.trainer.config import Precision
 from ptm.verbs import held_out_text, open_folder, tokenizer_of, write_json
@@ -47,6 +48,8 @@ def export(job: ExportConfig | VerifyConfig) -> None:
     walk, folder = open_walk(job)
     job = settled(job, folder)
     quantize.check_sizes(walk.linears(job.layers), job)  # before anything that takes long
+    if job.size is not None:
+        _room(job, walk)
     mesh = open_mesh(TIMEOUT_S)
     try:
         _export(job, walk, folder, Crew(Peers(mesh.background)))
@@ -61,11 +64,7 @@ def _export(job: ExportConfig, walk: Walk, folder: Path, crew: Crew) -> None:
         rows_of = crew.main_first(lambda: _calibration_rows(job, folder, walk))
         total += walk.num_layers if walk.num_experts else 0
     console = Console(highlight=False, quiet=not crew.is_main)
-    widths = None
-    if job.size is not None:
-        chosen = crew.on_main(lambda: _chosen(job, walk, folder, console))
-        widths = {name: quantize.Width(*width) for name, width in chosen.items()}
-        total -= sum(width == quantize.AS_IS for width in widths.values())
+    choose = None if job.size is None else lambda: _chosen(job, walk, folder, progress)
     columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(TextColumn("{task.description}"), *columns, console=console) as progress:
         task = progress.add_task("quantizing", total=total)
@@ -73,12 +72,11 @@ def _export(job: ExportConfig, walk: Walk, folder: Path, crew: Crew) -> None:
         def advance(name: str) -> None:
             progress.update(task, advance=1, description=name.removeprefix("model."))
 
-        out, records = quantize.export(job, walk, rows_of, advance, widths, crew)
+        out, records = quantize.export(job, walk, rows_of, advance, choose, crew)
     if not crew.is_main:
         return
     print_export(console, out, records)
-    if widths is not None:
-        (out / "bits.svg").write_text(bits_svg(widths))
+    if choose is not None:
         console.print(f"bits of each linear: {out / 'bits.svg'}", soft_wrap=True, markup=False)
 
 
@@ -88,30 +86,40 @@ TIMEOUT_S = 6 * 3600
 once."""
 
 
-def _chosen(
-    job: ExportConfig, walk: Walk, folder: Path, console: Console
-) -> dict[str, quantize.Width]:
-    """The width of each linear for `size`, measured and shown."""
+def _grids(job: ExportConfig, walk: Walk) -> dict[Width, Grid]:
+    return {w: quantize.grid_of(job, walk.scale_dtype, w) for w in job.widths}
+
+
+def _room(job: ExportConfig, walk: Walk) -> int:
+    """Bytes that are not linears'. Raises RecipeError where `size` cannot be."""
     assert job.size is not None
     if not isinstance(walk, M32):
         raise RecipeError(line("size", job.size, "measures M32 only", "give bits=4 or bits=8"))
-    linears = walk.linears(job.layers)
+    linears, grids = walk.linears(job.layers), _grids(job, walk)
     every = {name: math.prod(walk.shape(name)) for name in walk.names()}
     rest = 2 * sum(n for name, n in every.items() if name.removesuffix(".weight") not in linears)
+    sizes = [allocate.sizes_of(shape, grids, job.format) for shape in linears.values()]
+    allocate.check_size(job.size, rest, sizes)
+    return rest
+
+
+def _chosen(job: ExportConfig, walk: Walk, folder: Path, progress: Progress) -> dict[str, Width]:
+    """The width of each linear for `size`, measured and shown."""
+    assert job.size is not None and isinstance(walk, M32)
+    linears, rest, grids = walk.linears(job.layers), _room(job, walk), _grids(job, walk)
     ids, documents = _calibration_rows(job, folder, walk)(SENSITIVITY_ROWS)
     model = module_of(walk.opened, job.run, dtype=torch.bfloat16)
-    grids = {w: quantize.grid_of(job, walk.scale_dtype, w) for w in quantize.widths_of(job)}
-    with Progress(console=console) as progress:
-        task = progress.add_task("measuring", total=None)
+    task = progress.add_task("measuring", total=None)
 
-        def advance(name: str) -> None:
-            progress.update(task, advance=1, description=name.removeprefix("model."))
+    def advance(name: str) -> None:
+        progress.update(task, advance=1, description=name.removeprefix("model."))
 
-        costs = allocate.measure(model, linears, grids, job.format, ids, documents, advance)
+    costs = allocate.measure(model, linears, grids, job.format, ids, documents, advance)
+    progress.remove_task(task)
     chosen = allocate.fit(job.size, rest, costs)
     used = rest + sum(costs[name].size[width] for name, width in chosen.items())
     shown = Table(title=f"bits / inputs of a scale by kind of linear, {format_bytes(used)} in all")
-    plain, columns = quantize.Width(4, job.group), (*sorted(grids, key=_breadth), quantize.AS_IS)
+    plain, columns = Width(4, job.group), (*sorted(grids, key=_breadth), AS_IS)
     for head in ("kind", *map(str, columns), f"KL of all at {plain}", "as chosen"):
         shown.add_column(head, justify="left" if head == "kind" else "right")
     kinds: dict[str, list[str]] = {}
@@ -122,11 +130,11 @@ def _chosen(
         before = sum(costs[n].kl[plain] for n in names)
         after = sum(costs[n].kl[chosen[n]] for n in names)
         shown.add_row(kind, *counts, f"{before:.2e}", f"{after:.2e}")
-    console.print(shown)
+    progress.console.print(shown)
     return chosen
 
 
-def _breadth(width: quantize.Width) -> tuple[int, float]:
+def _breadth(width: Width) -> tuple[int, float]:
     """Larger of what takes more bytes."""
     return width.bits, -(width.group or math.inf)
 
@@ -202,11 +210,19 @@ def _calibration_rows(job: ExportConfig, folder: Path, walk: Walk) -> quantize.R
         recipe = load_recipe([f"recipe={recipe_file}"])
         data, seq_len = recipe.data, seq_len or recipe.train.seq_len
     if job.source is not None:
-        words = {"source": (job.source,), "weights": (), "eval_fraction": 0.0}
+        words = {"source": (job.source,), "weights": ()}
         data = dataclasses.replace(data, **words, tokenizer=str(walk.tokenizer))
     seq_len = seq_len or min(2048, walk.max_positions)
-    corpus = open_corpus(data, vocab_size=walk.vocab_size, seed=job.seed, show_progress=True)
-    rows = Rows(corpus.train, seq_len=seq_len, isolate_documents=walk.isolate_documents)
+    is_foreign = job.source is not None
+    corpus = open_corpus(
+        data,
+        vocab_size=walk.vocab_size,
+        seed=job.seed,
+        show_progress=True,
+        is_all_held_out=is_foreign,
+    )
+    part = corpus.held_out if is_foreign else corpus.train
+    rows = Rows(part, seq_len=seq_len, isolate_documents=walk.isolate_documents)
 
     def rows_of(count: int) -> tuple[torch.Tensor, torch.Tensor]:
         batch = rows.batch(0, min(count, rows.num_rows))

@@ -55,6 +55,10 @@ def run(job: GptqBenchJob) -> None:
     """Raises RecipeError for an interpreter that does not start."""
     out = Path(job.out)
     workload = out / f"workload-{job.rows}"
+    for python in job.python:
+        if not _ends_well(python, ""):
+            rule = "is no Python of 3.11 or later"
+            raise RecipeError(line("python", python, rule, "name an interpreter"))
     homes = {one.tool: _home(one.tool, job.python) for one in CONTESTANTS}
     rows = []
     with Progress(console=Console(stderr=True), transient=True) as progress:
@@ -78,13 +82,17 @@ def _home(tool: str, pythons: tuple[str, ...]) -> str | None:
     """The interpreter to run a tool in: ours, or the first of the others that has it."""
     code = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({tool!r}) is None)"
     for python in (sys.executable, *pythons):
-        try:
-            if not subprocess.run([python, "-P", "-c", code], capture_output=True).returncode:
-                return python
-        except OSError as error:
-            rule = f"does not start ({error.strerror})"
-            raise RecipeError(line("python", python, rule, "name an interpreter")) from error
+        if _ends_well(python, code):
+            return python
     return None
+
+
+def _ends_well(python: str, code: str) -> bool:
+    try:
+        return not subprocess.run([python, "-P", "-c", code], capture_output=True).returncode
+    except OSError as error:
+        rule = f"does not start ({error.strerror})"
+        raise RecipeError(line("python", python, rule, "name an interpreter")) from error
 
 
 def _quantize(

@@ -68,7 +68,9 @@ def run(bench: KernelBenchJob) -> None:
     """Measure the cases of the ops, print a table each. Raises RecipeError for an unknown op."""
     for op in bench.op:
         if op not in CASES:
-            raise RecipeError(line("op", op, f"is one of {', '.join(CASES)}", "or leave op out"))
+            raise RecipeError(
+                line("op", op, f"must be one of {', '.join(CASES)}", "pick one, or leave op out")
+            )
     if native.isa() is None:
         rule = "there is no compiled kernel to measure (no library, or PTM_BACKEND=reference)"
         raise RecipeError(line("bench", "kernels", rule, "run csrc/build.py"))

@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 
 class Choice(str, Enum):
-    """Base of all enums in recipes; member names equal their values."""
+    """Base of all enums in recipes; values are what is written, names the same without hyphens."""
 
     def __str__(self) -> str:
         return str(self.value)

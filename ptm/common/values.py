@@ -51,7 +51,7 @@ def from_word(text: str, hint: Any, *, is_prose: bool = False) -> Any:
     kind, is_optional = unwrap(hint)
     if is_prose:
         return _prose(text)
-    if is_optional and text in _NULLS and not (_is_choice(kind) and text in kind.__members__):
+    if is_optional and text in _NULLS and not (_is_choice(kind) and text in _words(kind)):
         if text == "":
             raise Mismatch("is empty", "write null for none, or leave the key out")
         return None
@@ -109,7 +109,7 @@ def describe(hint: Any) -> str:
     if typing.get_origin(kind) is tuple:
         name = f"list of {describe(typing.get_args(kind)[0])}"
     elif _is_choice(kind):
-        name = "|".join(kind.__members__)
+        name = "|".join(_words(kind))
     else:
         name = {bool: "true|false", int: "int", float: "float", str: "text"}[kind]
     return f"{name} or null" if is_optional else name
@@ -139,10 +139,11 @@ def _scalar(text: str, kind: Any) -> Any:
             return float(text.lstrip("+").replace(".inf", "inf").replace(".nan", "nan"))
         raise Mismatch("must be a number", "write it like 3e-4, 0.1 or 1_000")
     if _is_choice(kind):
-        if text in kind.__members__:
-            return kind[text]
-        names = ", ".join(kind.__members__)
-        near = nearest(text, kind.__members__)
+        words = _words(kind)
+        if text in words:
+            return words[text]
+        names = ", ".join(words)
+        near = nearest(text, words)
         raise Mismatch(
             f"must be one of {names}", f"did you mean {near[0]}?" if near else "pick one"
         )
@@ -204,6 +205,11 @@ def _tuple_from_word(text: str, kind: Any) -> tuple[Any, ...]:
 
 def _is_choice(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, Choice)
+
+
+def _words(kind: Any) -> dict[str, Any]:
+    """What may be written for each member."""
+    return {str(member): member for member in kind}
 
 
 def _is_null(node: Any) -> bool:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,8 +27,7 @@ from torch import Tensor
 from ptm.common.errors import RecipeError, line
 from ptm.common.units import format_bytes, parse_bytes
 from ptm.export.card import kind_of
-from ptm.export.config import ExportFormat
-from ptm.export.quantize import AS_IS, Width
+from ptm.export.config import AS_IS, ExportFormat, Width
 from ptm.export.size import stored_bytes
 from ptm.export.verify import parameter_of
 from ptm.model.transformer import Transformer
@@ -67,22 +66,30 @@ def prior(
     for name, shape in linears.items():
         whole, share = PRIOR[kind_of(name)], 1 / experts[_group(name)] / math.log(2 * 128)
         kl = {w: whole[w.bits] * share * math.log(2 * (w.group or shape[1])) for w in grids}
-        found[name] = Cost({**kl, AS_IS: 0.0}, _sizes(shape, grids, format))
+        found[name] = Cost({**kl, AS_IS: 0.0}, sizes_of(shape, grids, format))
     return found
 
 
 def fit(size: str, rest: int, costs: Mapping[str, Cost]) -> dict[str, Width]:
     """The width of each linear for all weights in `size`, of which `rest` bytes are not linears'.
 
-    Raises RecipeError where the size is less than that of the least, or leaves all as they are.
+    Raises RecipeError as `check_size`.
     """
-    least, most = (rest + sum(pick(c.size.values()) for c in costs.values()) for pick in (min, max))
+    return choose(costs, check_size(size, rest, [cost.size for cost in costs.values()]))
+
+
+def check_size(size: str, rest: int, sizes: Sequence[Mapping[Width, int]]) -> int:
+    """Bytes for the linears, of these sizes each, where `rest` bytes are not linears'.
+
+    Raises RecipeError where that is less than the least of all, or leaves all as they are.
+    """
+    least, most = (rest + sum(pick(of.values()) for of in sizes) for pick in (min, max))
     wanted = parse_bytes(size, key="size")
     if not least <= wanted < most:
-        lowest = f"{format_bytes(least)} (all at 4 bits, a scale a row)"
-        ends = f"{lowest} to {format_bytes(most)} (none quantized)"
+        lowest = f"{least} bytes ({format_bytes(least)}: all at 4 bits, a scale a row)"
+        ends = f"{lowest} to less than {most} ({format_bytes(most)}: none quantized)"
         raise RecipeError(line("size", size, f"this model takes {ends}", "give a size between"))
-    return choose(costs, wanted - rest)
+    return wanted - rest
 
 
 def choose(costs: Mapping[str, Cost], budget: int) -> dict[str, Width]:
@@ -164,7 +171,7 @@ def measure(
             advance(f"sensitivity of {names[0]}")
         for name in names:
             kl = {width: of_error[width.bits] * errors[name, width] for width in grids}
-            found[name] = Cost({**kl, AS_IS: 0.0}, _sizes(linears[name], grids, format))
+            found[name] = Cost({**kl, AS_IS: 0.0}, sizes_of(linears[name], grids, format))
     return found
 
 
@@ -173,9 +180,10 @@ def _group(name: str) -> str:
     return f"{name.split('.')[2]}.{kind_of(name)}"
 
 
-def _sizes(
+def sizes_of(
     shape: tuple[int, int], grids: Mapping[Width, Grid], format: ExportFormat
 ) -> dict[Width, int]:
+    """Of one linear, by how it is stored."""
     size = {width: stored_bytes(*shape, grid, format) for width, grid in grids.items()}
     return {**size, AS_IS: 2 * shape[0] * shape[1]}
 
@@ -198,4 +206,4 @@ def _tokens(name: str, tokens_LE: Tensor) -> int:
     if "experts" not in parts:
         return 1
     expert = int(parts[parts.index("experts") + 1])
-    return int(tokens_LE[int(parts[2]), expert])
+    return max(1, int(tokens_LE[int(parts[2]), expert]))  # unseen here, not elsewhere

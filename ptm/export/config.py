@@ -3,6 +3,8 @@ torch."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from ptm.common.config import Choice, config, ranged
 from ptm.common.errors import RecipeError, line
 from ptm.common.units import parse_bytes
@@ -43,6 +45,24 @@ class ConvertConfig:
     "Most bytes in one file, unless one tensor is larger."
 
 
+BF16 = 16
+
+
+class Width(NamedTuple):
+    """How a linear is stored: bits of a weight, and inputs that share a scale, 0 for all."""
+
+    bits: int
+    group: int
+
+    def __str__(self) -> str:
+        return f"{self.bits}" if self == AS_IS else f"{self.bits}/{self.group or 'row'}"
+
+
+AS_IS = Width(BF16, 0)
+FINEST = 32
+"""The smallest group of bits=auto."""
+
+
 class ExportFormat(Choice):
     """How an export stores quantized weights."""
 
@@ -75,7 +95,7 @@ class ExportConfig:
     run: str
     "Run folder, one of its checkpoints, or a published model folder."
     out: str | None = None
-    "Folder to write; null is RUN/export/FORMAT-BITS."
+    "Folder to write; null is RUN/export/FORMAT-BITS, or FORMAT-SIZE with a size."
     format: ExportFormat = ExportFormat.gptq
     """gptq: what transformers, vLLM and GPTQModel read; compressed-tensors: pack-quantized; fp6:
     TC-FPx's 4+2 split."""
@@ -83,7 +103,7 @@ class ExportConfig:
     """Bits of a weight: 4 or 8; 6 with format=fp6; auto: 4, 8 or 16, and a group, for each
     linear, so that by measurement least is lost at `size`. null is 4, or 6, or auto with a size."""
     size: str | None = None
-    "Bytes of all weights, like 23.3GB, with bits=auto."
+    "Bytes of all tensors, like 23.3GB, with bits=auto; heads of files are beside it."
     group: int = ranged(128, least=0, most=2**16)
     "Inputs that share a scale; 0 is one scale for each output."
     symmetric: bool = True
@@ -104,7 +124,7 @@ class ExportConfig:
     step: int | None = ranged(None, least=0)
     "Step of the checkpoint; null is the newest good one."
     seed: int = ranged(0, least=0, most=2**31 - 1)
-    "Which rows are taken."
+    "Which rows of the run's text are taken; of source the first in an order of its own."
     micro_batch_size: int = ranged(8, least=1)
     "Rows in one forward pass."
     damping: float = ranged(0.005, above=0.0, most=1.0)
@@ -122,6 +142,14 @@ class ExportConfig:
         if self.bits is None or self.bits == AUTO:
             return 6 if self.format is ExportFormat.fp6 else 4
         return int(self.bits)
+
+    @property
+    def widths(self) -> tuple[Width, ...]:
+        """What bits=auto chooses among, besides AS_IS; of as many bits this group first."""
+        group = self.group
+        finer = (Width(4, FINEST),) if group > FINEST and group % FINEST == 0 else ()
+        coarser = (Width(4, 0),) if group else ()
+        return (Width(4, group), *finer, *coarser, Width(8, group))
 
     def check(self) -> None:
         """Raise RecipeError where two keys contradict each other."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 from xml.sax.saxutils import escape
 
-from ptm.export.quantize import Width
+from ptm.export.config import Width
 
 WIDTH, HEIGHT, PAD = 260, 150, 34
 SHADES = {4: "#c6dbef", 8: "#4292c6", 16: "#08306b"}

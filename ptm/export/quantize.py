@@ -17,9 +17,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,32 +28,18 @@ from torch import Tensor
 from ptm.checkpoint import hf_config, quant_config
 from ptm.checkpoint.hf import INDEX
 from ptm.checkpoint.manifest import write_file
+from ptm.checkpoint.untrusted import read_json
 from ptm.common.errors import DataError, RecipeError, line
 from ptm.export.calibrate import Text, choose_rows, share_of
 from ptm.export.card import model_card
-from ptm.export.config import ExportConfig, ExportFormat
+from ptm.export.config import AS_IS, ExportConfig, ExportFormat, Width
 from ptm.export.crew import Crew
 from ptm.export.layer import Advance, Layer, Record, format_of
 from ptm.export.partial import Partial
+from ptm.export.plot import bits_svg
 from ptm.export.walk import Walk
 from ptm.quant.grid import Grid, GridKind
 
-BF16 = 16
-
-
-class Width(NamedTuple):
-    """How a linear is stored: bits of a weight, and inputs that share a scale, 0 for all."""
-
-    bits: int
-    group: int
-
-    def __str__(self) -> str:
-        return f"{self.bits}" if self == AS_IS else f"{self.bits}/{self.group or 'row'}"
-
-
-AS_IS = Width(BF16, 0)
-FINEST = 32
-"""The smallest group of bits=auto."""
 RowsOf = Callable[[int], tuple[Tensor, Tensor]]
 """`rows_of(n)`: ids and document ids of n rows of calibration text, (n, L) each."""
 
@@ -66,14 +53,6 @@ def grid_of(
         return Grid(GridKind(f"fp6_{config.fp6}"), group, scale_dtype=scale_dtype)
     kind = GridKind.int4 if bits == 4 else GridKind.int8
     return Grid(kind, group, config.symmetric, scale_dtype)
-
-
-def widths_of(config: ExportConfig) -> tuple[Width, ...]:
-    """What bits=auto chooses among, besides AS_IS; of as many bits the config's group first."""
-    group = config.group
-    finer = (Width(4, FINEST),) if group > FINEST and group % FINEST == 0 else ()
-    coarser = (Width(4, 0),) if group else ()
-    return (Width(4, group), *finer, *coarser, Width(8, group))
 
 
 def out_of(config: ExportConfig) -> Path:
@@ -101,27 +80,30 @@ def export(
     walk: Walk,
     rows_of: RowsOf | None,
     advance: Advance,
-    widths: Mapping[str, Width] | None = None,
+    choose: Callable[[], Mapping[str, Width]] | None = None,
     crew: Crew | None = None,
 ) -> tuple[Path, list[Record]]:
     """Write the export; `advance` hears of every linear and every layer of the first pass.
 
-    rows_of is None where no text is needed. widths: of each linear; None: the config's. All ranks
-    of a crew call it, and see the same folders. Raises CheckpointError, DataError, RecipeError,
-    StorageError, and HangError where a rank is gone.
+    rows_of is None where no text is needed. choose: the width of each linear, asked for once, on
+    the first rank; None: the config's. All ranks of a crew call it, and see the same folders.
+    Raises CheckpointError, DataError, RecipeError, StorageError, and HangError where a rank is
+    gone.
     """
     crew = crew or Crew()
     check_sizes(walk.linears(config.layers), config)
     out = out_of(config)
-    linears = walk.linears(config.layers)
-    grids = {
-        name: grid_of(config, walk.scale_dtype, None if widths is None else widths[name])
-        for name in linears
-        if widths is None or widths[name] != AS_IS
-    }
     partial: Partial = crew.main_first(
         lambda: Partial(out, _settings(config, walk), walk.num_layers + 1)
     )
+    widths = None if choose is None else _widths(choose, partial, crew)
+    grids = {}
+    for name in walk.linears(config.layers):
+        width = None if widths is None else widths[name]
+        if width == AS_IS:
+            advance(name)
+        else:
+            grids[name] = grid_of(config, walk.scale_dtype, width)
     text = rows = None
     if rows_of is not None:
         text = _text(config, walk, rows_of, partial, advance, crew)
@@ -145,10 +127,26 @@ def export(
 
     def finish() -> list[Record]:
         records = [Record(*values) for values in partial.records()]
+        if widths is not None:
+            _replace(partial.folder / "bits.svg", bits_svg(widths))
         _finish(config, walk, grids, partial, records)
         return records
 
     return out, [Record(*values) for values in crew.on_main(finish)]
+
+
+def _widths(
+    choose: Callable[[], Mapping[str, Width]], partial: Partial, crew: Crew
+) -> dict[str, Width]:
+    """What was chosen is remembered, as it was measured: a second start takes the same."""
+    kept = partial.folder / "settings-widths.json"
+
+    def found() -> dict[str, Width]:
+        if not kept.exists():
+            _replace(kept, json.dumps(choose()))
+        return read_json(partial.folder, kept.name)
+
+    return {name: Width(*width) for name, width in crew.on_main(found).items()}
 
 
 def _text(
@@ -173,7 +171,7 @@ def _text(
             tokens = config.rows * ids.shape[1]
             share = share_of(tokens, walk.num_experts, walk.experts_per_token)
             chosen = choose_rows(counts, config.rows, share)
-        crew.on_main(lambda: write_file(kept, json.dumps(chosen).encode()))
+        crew.on_main(lambda: _replace(kept, json.dumps(chosen)))
     return walk.text(ids[chosen], documents[chosen], config.micro_batch_size)
 
 
@@ -199,7 +197,8 @@ def _finish(
 ) -> None:
     rest = [name for name in walk.names() if not name.startswith("model.layers.")]
     partial.write_shard(0, {name: walk.read(name).to(walk.dtype) for name in rest})
-    (partial.folder / "settings-rows.json").unlink(missing_ok=True)
+    for path in partial.folder.glob("settings-*.json"):
+        path.unlink()
     where, total = {}, 0
     for index in range(partial.num_files):
         file = partial.file_name(index)
@@ -238,5 +237,8 @@ def _sizes(folder: Path, file: str) -> Iterator[tuple[str, int]]:
 
 
 def _replace(path: Path, text: str) -> None:
-    path.unlink(missing_ok=True)
-    write_file(path, text.encode())
+    """Whole once it has its name."""
+    begun = path.with_name(f"{path.name}.tmp")
+    begun.unlink(missing_ok=True)
+    write_file(begun, text.encode())
+    os.replace(begun, path)

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from ptm.export.card import kind_of
-from ptm.export.config import ExportConfig, ExportFormat
+from ptm.export.config import AS_IS, BF16, ExportConfig, ExportFormat, Width
 from ptm.export.m32 import linears_of
-from ptm.export.quantize import AS_IS, BF16, Width, grid_of
+from ptm.export.quantize import grid_of
 from ptm.model.config import ModelConfig
 from ptm.model.hf_names import Layout, published
 from ptm.quant.grid import Grid

@@ -43,7 +43,7 @@ def test_numbers_table_and_chart(tmp_path, monkeypatch, capsys):
 
 @needs_library
 def test_refuses_in_one_line(tmp_path, monkeypatch):
-    with pytest.raises(RecipeError, match="op=ropes: is one of add_rmsnorm, "):
+    with pytest.raises(RecipeError, match="op=ropes: must be one of add_rmsnorm, "):
         kernels.run(KernelBenchJob(bench="kernels", op=("ropes",)))
     with native.forced(None), pytest.raises(RecipeError, match="no compiled kernel to measure"):
         kernels.run(KernelBenchJob(bench="kernels"))

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ptm.export.allocate import Cost, choose, measure
-from ptm.export.config import ExportConfig, ExportFormat
+from ptm.export.config import AS_IS, ExportConfig, ExportFormat, Width
 from ptm.export.m32 import linears_of
 from ptm.export.plot import bits_svg
-from ptm.export.quantize import AS_IS, Width, grid_of, widths_of
+from ptm.export.quantize import grid_of
 from ptm.export.verify import parameter_of
 from ptm.model.config import ModelConfig
 from ptm.model.transformer import Transformer
@@ -71,7 +71,7 @@ def test_a_row_of_few_inputs_gives_its_scales_to_one_that_matters() -> None:
 
 
 def test_what_is_chosen_among_goes_by_the_group() -> None:
-    found = {g: widths_of(ExportConfig(run="", group=g)) for g in (128, 48, 32, 0)}
+    found = {g: ExportConfig(run="", group=g).widths for g in (128, 48, 32, 0)}
     assert found[128] == (PLAIN, FINE, ROW, EIGHT)
     assert found[48] == (Width(4, 48), ROW, Width(8, 48))
     assert found[32] == (FINE, ROW, Width(8, 32)) and found[0] == (ROW, Width(8, 0))
@@ -88,7 +88,7 @@ def test_measured_costs_find_the_linear_that_matters_and_leave_the_model_alone()
     before = {name: p.clone() for name, p in model.named_parameters()}
     ids = torch.randint(0, 128, (4, 32))
     config = ExportConfig(run="", group=32)
-    plain, row, eight = widths_of(config)
+    plain, row, eight = config.widths
     grids = {width: grid_of(config, width=width) for width in (plain, row, eight)}
     assert grids[row] == Grid(GridKind.int4, 0)
     seen: list[str] = []

@@ -17,7 +17,17 @@ from ptm.common.errors import CheckpointError, PtmError, RecipeError
 from ptm.export import quantize
 from ptm.export.calibrate import choose_rows
 from ptm.export.card import starved
-from ptm.export.config import ConvertConfig, ExportConfig, ExportFormat, Fp6, Layers, Method, Target
+from ptm.export.config import (
+    AS_IS,
+    ConvertConfig,
+    ExportConfig,
+    ExportFormat,
+    Fp6,
+    Layers,
+    Method,
+    Target,
+    Width,
+)
 from ptm.export.convert import convert
 from ptm.export.layer import Layer, Record
 from ptm.export.m32 import M32, linears_of
@@ -184,6 +194,40 @@ def test_what_was_begun_is_not_mixed_with_another_export(opened: Opened, tmp_pat
     out, _ = run(opened, tmp_path / "out")
     with pytest.raises(CheckpointError, match="is there already"):
         run(opened, out)
+
+
+def test_widths_are_chosen_once_and_kept_over_a_kill(opened: Opened, tmp_path: Path) -> None:
+    """Measured anew they may come out otherwise; layers that are done have the first ones."""
+    config = ExportConfig(
+        run=str(opened.folder), out=str(tmp_path / "out"), group=32, rows=8, size="1MB"
+    )
+    names = list(M32(opened).linears(config.layers))
+    mixed = [Width(4, 0), Width(4, 32), Width(8, 32), AS_IS]
+    widths = {name: mixed[i % 4] for i, name in enumerate(names)}
+    seen: list[str] = []
+
+    def advance(name: str) -> None:
+        seen.append(name)
+        if name.startswith("model.layers.1.mlp.experts"):
+            raise Killed
+
+    def begin(choose, advance) -> Path:
+        return export(config, M32(opened), rows_of, advance, choose)[0]
+
+    with pytest.raises(Killed):
+        begin(lambda: widths, advance)
+    out = begin(lambda: pytest.fail("measured again"), lambda name: None)
+    found = {
+        r["name"]: (r["bits"], r["group"]) for r in json.loads((out / "layers.json").read_text())
+    }
+    assert found == {name: w for name, w in widths.items() if w != AS_IS}
+    made = open_hf(out).quantized
+    assert made is not None and set(made.modules) == set(found)
+    for name, (bits, group) in found.items():
+        grid = made.quantized(name)[0].grid
+        assert (grid.bits, grid.group) == (bits, group)
+    assert (out / "bits.svg").read_text().count("<title>") == len(names)
+    assert not list(out.glob("settings*"))
 
 
 def test_an_expert_that_nobody_chose_is_fitted_and_listed(opened: Opened, tmp_path: Path) -> None:

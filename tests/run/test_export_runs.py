@@ -72,6 +72,9 @@ def test_ranks_give_the_same_bytes_and_bits_fit_a_size(tmp_path: Path) -> None:
     two = export(2, "two")
     assert {path.name: path.read_bytes() for path in two.iterdir()} == wanted
 
+    foreign = export(0, "foreign", f"source={text}", "format=compressed-tensors")
+    assert total_bytes(foreign) > 0, "calibrated on text that is not the run's"
+
     size = int(1.25 * total_bytes(one))
     mixed = export(0, "mixed", "bits=auto", f"size={size}")
     assert total_bytes(one) < total_bytes(mixed) <= size
