@@ -58,13 +58,12 @@ def export(job: ExportConfig | VerifyConfig) -> None:
 
 
 def _export(job: ExportConfig, walk: Walk, folder: Path, crew: Crew) -> None:
-    rows_of = None
-    total = len(walk.linears(job.layers))
-    if job.method is Method.gptq:
+    is_fitted, rows_of = job.method is Method.gptq, None
+    if is_fitted or job.size is not None:
         rows_of = crew.main_first(lambda: _calibration_rows(job, folder, walk))
-        total += walk.num_layers if walk.num_experts else 0
+    total = len(walk.linears(job.layers))
+    total += walk.num_layers if is_fitted and walk.num_experts else 0
     console = Console(highlight=False, quiet=not crew.is_main)
-    choose = None if job.size is None else lambda: _chosen(job, walk, folder, progress)
     columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(TextColumn("{task.description}"), *columns, console=console) as progress:
         task = progress.add_task("quantizing", total=total)
@@ -72,11 +71,16 @@ def _export(job: ExportConfig, walk: Walk, folder: Path, crew: Crew) -> None:
         def advance(name: str) -> None:
             progress.update(task, advance=1, description=name.removeprefix("model."))
 
-        out, records = quantize.export(job, walk, rows_of, advance, choose, crew)
+        def choose() -> dict[str, Width]:
+            assert rows_of is not None
+            return _chosen(job, walk, rows_of, progress)
+
+        text, widths = rows_of if is_fitted else None, None if job.size is None else choose
+        out, records = quantize.export(job, walk, text, advance, widths, crew)
     if not crew.is_main:
         return
     print_export(console, out, records)
-    if choose is not None:
+    if job.size is not None:
         console.print(f"bits of each linear: {out / 'bits.svg'}", soft_wrap=True, markup=False)
 
 
@@ -103,13 +107,16 @@ def _room(job: ExportConfig, walk: Walk) -> int:
     return rest
 
 
-def _chosen(job: ExportConfig, walk: Walk, folder: Path, progress: Progress) -> dict[str, Width]:
+def _chosen(
+    job: ExportConfig, walk: Walk, rows_of: quantize.RowsOf, progress: Progress
+) -> dict[str, Width]:
     """The width of each linear for `size`, measured and shown."""
     assert job.size is not None and isinstance(walk, M32)
     linears, rest, grids = walk.linears(job.layers), _room(job, walk), _grids(job, walk)
-    ids, documents = _calibration_rows(job, folder, walk)(SENSITIVITY_ROWS)
+    ids, documents = rows_of(SENSITIVITY_ROWS)
     model = module_of(walk.opened, job.run, dtype=torch.bfloat16)
-    task = progress.add_task("measuring", total=None)
+    total = len({*map(allocate.group_of, linears)}) * len({width.bits for width in grids})
+    task = progress.add_task("measuring", total=total)
 
     def advance(name: str) -> None:
         progress.update(task, advance=1, description=name.removeprefix("model."))

@@ -61,10 +61,10 @@ def prior(
 ) -> dict[str, Cost]:
     """Costs without a model: PRIOR, whatever the layer, shared alike by its experts; groups cost as
     the square of the largest of as many numbers of a Gaussian, 2 ln 2n, which sets their scale."""
-    experts = Counter(_group(name) for name in linears)
+    experts = Counter(group_of(name) for name in linears)
     found = {}
     for name, shape in linears.items():
-        whole, share = PRIOR[kind_of(name)], 1 / experts[_group(name)] / math.log(2 * 128)
+        whole, share = PRIOR[kind_of(name)], 1 / experts[group_of(name)] / math.log(2 * 128)
         kl = {w: whole[w.bits] * share * math.log(2 * (w.group or shape[1])) for w in grids}
         found[name] = Cost({**kl, AS_IS: 0.0}, sizes_of(shape, grids, format))
     return found
@@ -143,7 +143,7 @@ def measure(
         tried.setdefault(width.bits, width)
     groups: dict[str, list[str]] = {}
     for name in linears:
-        groups.setdefault(_group(name), []).append(name)
+        groups.setdefault(group_of(name), []).append(name)
     model.train()
     base = list(_log_p(model, ids_BL, documents_BL))
     tokens_LE = model.take_expert_counts()
@@ -175,7 +175,7 @@ def measure(
     return found
 
 
-def _group(name: str) -> str:
+def group_of(name: str) -> str:
     """A layer's linears of one kind."""
     return f"{name.split('.')[2]}.{kind_of(name)}"
 
