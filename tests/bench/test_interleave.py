@@ -149,6 +149,7 @@ def test_a_rank_that_was_killed_is_told_from_one_that_failed(tmp_path: Path) -> 
     assert last_words(log) == "last"
 
 
+@pytest.mark.slow
 def test_a_bench_that_is_killed_leaves_no_ranks(tmp_path: Path) -> None:
     words = f"model.scale=debug ranks=2 rounds=1000 out={tmp_path / 'o'}".split()
     bench = subprocess.Popen([sys.executable, "-m", "ptm", "bench", "wire", *words], cwd=tmp_path)

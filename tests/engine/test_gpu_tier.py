@@ -63,14 +63,18 @@ def _prefixes(rank, world, ep, zero, dtype, moments, folder):
     return wanted, found, where
 
 
+def _slow(*case):
+    return pytest.param(*case, marks=pytest.mark.slow)
+
+
 CASES = [
     (1, 1, 3, BF16, MomentsKind.fp32, False),
-    (2, 1, 3, BF16, MomentsKind.int8, False),
+    _slow(2, 1, 3, BF16, MomentsKind.int8, False),
     (2, 2, 1, FP32, MomentsKind.fp32, False),
-    (1, 1, 3, FP32, MomentsKind.int8, True),
+    _slow(1, 1, 3, FP32, MomentsKind.int8, True),
     (2, 1, 3, BF16, MomentsKind.fp32, True),
-    (2, 2, 1, BF16, MomentsKind.int8, True),
-    (1, 1, 1, BF16, MomentsKind.fp32, True),
+    _slow(2, 2, 1, BF16, MomentsKind.int8, True),
+    _slow(1, 1, 1, BF16, MomentsKind.fp32, True),
 ]
 
 
