@@ -1,10 +1,10 @@
-// rows x weights^T with the weights of packed.h, with AVX-512 in three ways (without: wide.h):
+// rows x weights^T with the weights of packed.h, with AVX-512 in four ways (without: wide.h):
 //
-//   few rows (up to 4; any number without AMX, 8 at a time)
-//            codes become bf16 in registers and meet pairs of inputs by VDPBF16PS: what bounds it
-//            is reading the codes, once
+//   whole    one row, and as many more as whole.h says: codes are bytes, rows are bytes three times
+//   few rows (up to 2 of E3M2; any number without AMX, 8 at a time)
+//            codes become bf16 in registers and meet pairs of inputs by VDPBF16PS
 //   more     rows become AMX tiles, as many as half of L2 holds; 32 outputs of up to 256 inputs
-//            become tiles in L1 (16 KiB), 128 rows pass over them in steps of 32, and the sums leave
+//            become tiles in L1 (16 KiB), 256 rows pass over them in steps of 32, and the sums leave
 //            the tiles once a group, times its scale
 //   plain    fp32 rows
 //
@@ -12,6 +12,7 @@
 #pragma once
 
 #include "../common/amx.h"
+#include "../common/room.h"
 #include "packed.h"
 #include "wide.h"
 
@@ -19,7 +20,8 @@ namespace PTM_NAMESPACE {
 
 #if PTM_ISA_BF16
 
-constexpr int64_t GRAIN = 4;  // panels of a part
+constexpr int64_t GRAIN = 4;     // panels of a part
+constexpr int64_t AHEAD = 2048;  // bytes of codes asked for before their use
 
 // The sum of a row's inputs in each group, for zero points.
 template <class T>
@@ -34,6 +36,12 @@ void group_sums(const T* x, int64_t inputs, const Packed& w, float* to) {
 PTM_INLINE int64_t outputs_of(const Packed& w, int64_t p) {
   return w.N - p * PANEL < PANEL ? w.N - p * PANEL : PANEL;
 }
+
+}  // namespace PTM_NAMESPACE
+
+#include "whole.h"
+
+namespace PTM_NAMESPACE {
 
 template <class T, class F>
 void plain_panel(const T* x, int64_t inputs, int64_t M, const float* sums, const Packed& w,
@@ -68,8 +76,6 @@ void plain_panel(const T* x, int64_t inputs, int64_t M, const float* sums, const
     for (int64_t r = 0; r < rows; r++) take(m0 + r, p * PANEL, out[r], outputs_of(w, p));
   }
 }
-
-constexpr int64_t AHEAD = 2048;  // bytes of codes asked for before their use
 
 // M rows of pairs of bf16 against panel p.
 template <int BITS, int M, class F>
@@ -124,8 +130,8 @@ void few_rows(const uint32_t* x, int64_t rows, const float* sums, const Packed& 
 #if PTM_ISA_AMX
 
 constexpr int64_t FEW = 2;
-constexpr int64_t IN_L2 = 1 << 19;         // bytes of rows
-constexpr int64_t DEEP = 256, TALL = 128;  // inputs and rows that stay in L1
+constexpr int64_t IN_L2 = 1 << 20;         // bytes of rows
+constexpr int64_t DEEP = 256, TALL = 256;  // inputs that stay in L1, rows whose sums lie near
 constexpr int64_t TILE = 512;              // bf16 of a tile, 16 x 32
 
 // Rows (16 a tile, padded with zeros) as A tiles, [rows / 16][K / 32].
@@ -218,10 +224,13 @@ void many_rows(const bf16* a, int64_t M, const float* shifts, const Packed& w,
         scale[half] = scales_of(w, panels[half], g);
         const uint8_t* codes = w.codes + panels[half] * w.panel_bytes() + k0 * PANEL * BITS / 8;
         bf16* to = b[half];
-        for (int64_t r = 0; r < depth / 2; r += D::ROWS, codes += D::BYTES)
+        for (int64_t r = 0; r < depth / 2; r += D::ROWS, codes += D::BYTES) {
+          for (int64_t line = 0; line < D::BYTES; line += 64)
+            _mm_prefetch((const char*)codes + AHEAD + line, _MM_HINT_T0);
           decoder.block(codes, [&](int i, __m512i row) {
             _mm512_store_si512(to + (r + i) * 32, row);
           });
+        }
         if (SHIFTED && k0 == g * w.group) zero[half] = zeros_of(w, panels[half], g);
       }
       const bf16* from = a + m0 / 16 * deep + k0 / 32 * TILE;
@@ -256,16 +265,19 @@ constexpr int64_t FEW = 8;
 template <int BITS, class F>
 int fast_linear(const bf16* x, int64_t inputs, int64_t M, const float* sums, const Packed& w,
                 int64_t threads, F take) {
+  if (M > 0 && M <= MOST && is_whole(w))
+    return whole_rows<BITS, MOST>(x, inputs, M, w, threads, take);
   Decoder<BITS> decoder(w.values);
 #if PTM_ISA_AMX
   if (M > FEW) {
     int64_t rows = IN_L2 / (64 * w.K) * 32;
     rows = rows < 32 ? 32 : rows < M ? rows : M;
-    Scratch<bf16> tiles((rows + 15) / 16 * 16 * w.K);
-    if (!tiles.data) return PTM_NO_MEMORY;
+    Room& room = room_of_op();
+    if (!room.reset(Room::bytes<bf16>((rows + 15) / 16 * 16 * w.K))) return PTM_NO_MEMORY;
+    bf16* tiles = room.take<bf16>((rows + 15) / 16 * 16 * w.K);
     for (int64_t m0 = 0; m0 < M; m0 += rows) {
       int64_t count = M - m0 < rows ? M - m0 : rows;
-      pack_tiles(x + m0 * inputs, inputs, count, w.K, tiles.data);
+      pack_tiles(x + m0 * inputs, inputs, count, w.K, tiles);
       const float* shifts = sums + m0 * w.groups();
       auto from_m0 = [&](int64_t m, int64_t n, const float* out, int64_t outputs) {
         take(m0 + m, n, out, outputs);
@@ -274,9 +286,9 @@ int fast_linear(const bf16* x, int64_t inputs, int64_t M, const float* sums, con
         Tiles registers;
         for (int64_t p = begin; p < end; p += 2)
           if (w.zero)
-            many_rows<BITS, true>(tiles.data, count, shifts, w, decoder, p, from_m0);
+            many_rows<BITS, true>(tiles, count, shifts, w, decoder, p, from_m0);
           else
-            many_rows<BITS, false>(tiles.data, count, shifts, w, decoder, p, from_m0);
+            many_rows<BITS, false>(tiles, count, shifts, w, decoder, p, from_m0);
       });
     }
     return PTM_OK;

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from ptm.bench.kernel_case import Case, Run, ours, with_isa
 from ptm.kernels.loss import linear_cross_entropy
-from ptm.kernels.quant_linear import PackedWeight, pack, wq_linear
+from ptm.kernels.quant_linear import PackedWeight, pack, stack, wq_linear, wq_moe
 from ptm.quant.grid import Grid, GridKind, Quantized, round_to_nearest
 
 OUTPUTS, INPUTS = 8192, 2048
 COLD_BYTES = 400e6  # weights that take turns, so that none is still in a cache
+EXPERTS, WIDTH, HIDDEN = 64, 1024, 4096
 HEADS = [(2048, 256, 8192), (1024, 2048, 16384)]  # T, D, V: of the mini model, and a large one
 GRIDS = (Grid(GridKind.int4), Grid(GridKind.fp6_e2m3), Grid(GridKind.int8, 0))
 
@@ -27,8 +28,7 @@ def wq_linear_cases() -> Iterator[Case]:
     for grid in GRIDS:
         q = round_to_nearest(w_NK, grid)
         plain = _cold([q.dequantize().bfloat16()], OUTPUTS * INPUTS * 2)
-        values = None if grid.is_int else grid.values()
-        packed = pack(q.codes_NK, q.scale_NG, bits=grid.bits, group=grid.group, values=values)
+        packed = _packed(q)
         weights = [packed, *(_copy(packed) for _ in range(int(COLD_BYTES / packed.size_bytes)))]
         exact = q.dequantize().double().t()
         for rows in (1, 16, 512):
@@ -44,6 +44,69 @@ def wq_linear_cases() -> Iterator[Case]:
             moved = packed.size_bytes + 2 * rows * (INPUTS + OUTPUTS)
             yield Case("wq_linear", what, runs, lambda x=x, w=exact: [x.double() @ w], moved,
                        flops if rows > 16 else 0.0)  # fmt: skip
+
+
+def wq_moe_cases() -> Iterator[Case]:
+    """Routed experts, 2 active: one row reads two whole. All have the same weights, and calls take
+    the next ones in turn, so that none is still in a cache."""
+    draw = torch.Generator().manual_seed(0)
+    shapes = (2 * HIDDEN, WIDTH), (WIDTH, HIDDEN)
+    ws = [torch.randn(*shape, generator=draw) * shape[1] ** -0.5 for shape in shapes]
+    for grid in GRIDS[:2]:
+        found = [round_to_nearest(w, grid) for w in ws]
+        packed = [stack([_packed(q)] * EXPERTS) for q in found]
+        plain = [torch.stack([q.dequantize().bfloat16()] * EXPERTS) for q in found]
+        exact = [q.dequantize().double().expand(EXPERTS, -1, -1) for q in found]
+        for rows in (1, 16, 512):
+            yield _wq_moe_case(rows, grid, draw, packed, plain, exact)
+
+
+def _wq_moe_case(
+    rows: int,
+    grid: Grid,
+    draw: torch.Generator,
+    packed: list[PackedWeight],
+    plain: list[Tensor],
+    exact: list[Tensor],
+) -> Case:
+    x, weights = torch.randn(rows, WIDTH, generator=draw), torch.rand(rows, 2, generator=draw)
+    rows_bf16, routes = x.bfloat16(), _routes(rows)
+    turn, other = cycle(routes), cycle(routes)
+    runs = ours("wq_moe", lambda: [wq_moe(rows_bf16, next(turn), weights, *packed)])
+    runs.pop("ptm, torch")
+    runs["torch, bf16 weights"] = lambda: [_experts(rows_bf16, next(other), weights, *plain)]
+    what = (
+        f"{rows} x {WIDTH}, {EXPERTS} experts of {HIDDEN}, 2 active, {grid.kind} group {grid.group}"
+    )
+    return Case(
+        "wq_moe",
+        what,
+        runs,
+        lambda: [_experts(rows_bf16.double(), routes[0], weights.double(), *exact)],
+        bytes=min(EXPERTS, 2 * rows) * sum(w.size_bytes for w in packed) / EXPERTS,
+        flops=12.0 * rows * WIDTH * HIDDEN if rows > 16 else 0.0,
+    )
+
+
+def _packed(q: Quantized) -> PackedWeight:
+    values = None if q.grid.is_int else q.grid.values()
+    return pack(q.codes_NK, q.scale_NG, bits=q.grid.bits, group=q.grid.group, values=values)
+
+
+def _routes(rows: int) -> list[Tensor]:
+    """ids (rows, 2) of calls, whose experts follow one another."""
+    first = torch.arange(rows)[:, None] * 2 + torch.arange(2)
+    return [(first + 2 * rows * i) % EXPERTS for i in range(max(EXPERTS // (2 * rows), 1))]
+
+
+def _experts(x: Tensor, ids: Tensor, weights: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+    y = torch.zeros_like(x)
+    for e in ids.unique().tolist():
+        token, slot = torch.where(ids == e)
+        gate, up = F.linear(x[token], w1[e]).chunk(2, dim=-1)
+        out = F.linear(F.silu(gate) * up, w2[e])
+        y.index_add_(0, token, out * weights[token, slot, None].to(out.dtype))
+    return y
 
 
 def linear_ce() -> Iterator[Case]:

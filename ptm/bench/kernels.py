@@ -57,6 +57,7 @@ CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "lfa": kernel_lfa.lfa_cases,
     "moe_mlp": kernel_moe.moe_mlp,
     "wq_linear": kernel_products.wq_linear_cases,
+    "wq_moe": kernel_products.wq_moe_cases,
     "linear_ce": kernel_products.linear_ce,
     "fake_quant": kernel_rows.fake_quant_cases,
     "add_pieces": kernel_rows.add_pieces_cases,

@@ -113,6 +113,38 @@ def test_each_output_is_near_not_only_their_norm(isa):
 
 
 @each_isa
+@pytest.mark.parametrize("grid", [GRIDS[0], GRIDS[1], GRIDS[4], GRIDS[6]], ids=lambda g: g.kind)
+def test_rows_whose_inputs_differ_in_size(isa, grid):
+    # What is rounded of an input (csrc/wq/whole.h) is under 2^-22 of the largest in its piece.
+    K, draw = 1088, torch.Generator().manual_seed(0)
+    packed, q = drawn(24, K, grid)
+    w = q.dequantize().double()
+    for T in (1, 2, 3, 4, 5):
+        power = 12 * torch.rand(T, K, generator=draw) - 8
+        x = (
+            rows(T, K).float() * 10**power * 10.0 ** (-30 * (torch.arange(T) % 2))[:, None]
+        ).bfloat16()
+        x[:, 256:768] = 0
+        exact, size = x.double() @ w.t(), x.double().abs() @ w.abs().t()
+        largest = x.double().abs().amax(1, keepdim=True) * w.abs().sum(1)
+        with native.forced(isa):
+            off = (wq_linear(x, packed).double() - exact).abs()
+        assert bool((off <= exact.abs() * 2**-8 + size * 1e-6 + largest * 2**-22).all()), T
+        assert bool(wq_linear(torch.zeros_like(x), packed).eq(0).all())
+
+
+@each_isa
+def test_what_is_not_finite_stays_in_its_row(isa):
+    packed, _ = drawn(40, 256, GRIDS[0])
+    for T in (2, 4, 20):
+        x = rows(T, 256)
+        x[0, 5], x[1, 200] = torch.inf, torch.nan
+        with native.forced(isa):
+            found, plain = wq_linear(x, packed), wq_linear(rows(T, 256), packed)
+        assert not bool(found[:2].isfinite().any()) and torch.equal(found[2:], plain[2:])
+
+
+@each_isa
 @pytest.mark.parametrize("T", [1, 3, 40], ids=str)
 def test_the_same_bits_for_any_number_of_threads(isa, T):
     packed, _ = drawn(300, 128, GRIDS[1])
