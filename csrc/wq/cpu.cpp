@@ -18,19 +18,20 @@ constexpr int64_t ROWS_AT_ONCE = 512;  // of an expert: bounds what its inner ro
 PTM_INLINE void put(float* to, float x) { *to = x; }
 PTM_INLINE void put(bf16* to, float x) { *to = to_bf16(x); }
 
+// Up to 32 sums of a row
 template <class T>
-PTM_INLINE void put_panel(T* to, const float* sums, int64_t count) {
-  if (count == PANEL)
-    for (int64_t n = 0; n < PANEL; n += W) store(to + n, load(sums + n));
-  else
-    for (int64_t n = 0; n < count; n++) put(to + n, sums[n]);
+PTM_INLINE void put_sums(T* to, const float* sums, int64_t count) {
+  int64_t n = 0;
+  for (; n + PANEL <= count; n += PANEL)
+    for (int64_t i = n; i < n + PANEL; i += W) store(to + i, load(sums + i));
+  for (; n < count; n++) put(to + n, sums[n]);
 }
 
 template <class T>
 int whole_linear(const T* x, const Packed& w, T* y, int64_t M, int64_t inputs, int64_t threads) {
   return linear(x, inputs, M, w, threads,
                 [=, N = w.N](int64_t m, int64_t n, const float* sums, int64_t count) {
-                  put_panel(y + m * N + n, sums, count);
+                  put_sums(y + m * N + n, sums, count);
                 });
 }
 

@@ -8,7 +8,7 @@
 //            the tiles once a group, times its scale
 //   plain    fp32 rows
 //
-// What becomes of the sums is the caller's: take(row, first output, 16 sums, how many count).
+// What becomes of the sums is the caller's: take(row, first output, sums, how many: up to 32).
 #pragma once
 
 #include "../common/amx.h"
@@ -130,6 +130,7 @@ void few_rows(const uint32_t* x, int64_t rows, const float* sums, const Packed& 
 #if PTM_ISA_AMX
 
 constexpr int64_t FEW = 2;
+constexpr int64_t WIDE = 8;                // panels of a part
 constexpr int64_t IN_L2 = 1 << 20;         // bytes of rows
 constexpr int64_t DEEP = 256, TALL = 256;  // inputs that stay in L1, rows whose sums lie near
 constexpr int64_t TILE = 512;              // bf16 of a tile, 16 x 32
@@ -203,58 +204,70 @@ PTM_INLINE void tile_step(const bf16* a, int64_t a_stride, const bf16* b, int64_
   }
 }
 
-// M rows as A tiles against panels p and p + 1.
-template <int BITS, bool SHIFTED, class F>
-void many_rows(const bf16* a, int64_t M, const float* shifts, const Packed& w,
-               const Decoder<BITS>& decoder, int64_t p, F take) {
+// Up to TALL rows as A tiles, `deep` bf16 of 16 rows, against panels p and p + 1
+template <int BITS, bool SHIFTED>
+void pair_sums(const bf16* a, int64_t rows, const float* shifts, const Packed& w,
+               const Decoder<BITS>& decoder, int64_t p, float (*sums)[32]) {
   using D = Decoder<BITS>;
   alignas(64) bf16 b[2][DEEP / 32 * TILE];
-  alignas(64) float sums[TALL][32];
   Late late[2];
   int64_t G = w.groups(), panels[2] = {p, p + 1 < w.panels() ? p + 1 : p}, deep = w.K / 32 * TILE;
   int turn = 0;
-  for (int64_t m0 = 0; m0 < M; m0 += TALL) {
-    int64_t rows = M - m0 < TALL ? M - m0 : TALL;
-    memset(sums, 0, sizeof(float) * 32 * size_t((rows + 15) / 16 * 16));
-    for (int64_t k0 = 0, depth; k0 < w.K; k0 += depth) {
-      int64_t g = k0 / w.group, end = (g + 1) * w.group < w.K ? (g + 1) * w.group : w.K;
-      depth = end - k0 < DEEP ? end - k0 : DEEP;
-      __m512 scale[2], zero[2] = {};
-      for (int half = 0; half < 2; half++) {
-        scale[half] = scales_of(w, panels[half], g);
-        const uint8_t* codes = w.codes + panels[half] * w.panel_bytes() + k0 * PANEL * BITS / 8;
-        bf16* to = b[half];
-        for (int64_t r = 0; r < depth / 2; r += D::ROWS, codes += D::BYTES) {
-          for (int64_t line = 0; line < D::BYTES; line += 64)
-            _mm_prefetch((const char*)codes + AHEAD + line, _MM_HINT_T0);
-          decoder.block(codes, [&](int i, __m512i row) {
-            _mm512_store_si512(to + (r + i) * 32, row);
-          });
-        }
-        if (SHIFTED && k0 == g * w.group) zero[half] = zeros_of(w, panels[half], g);
+  memset(sums, 0, sizeof(float) * 32 * size_t((rows + 15) / 16 * 16));
+  for (int64_t k0 = 0, depth; k0 < w.K; k0 += depth) {
+    int64_t g = k0 / w.group, end = (g + 1) * w.group < w.K ? (g + 1) * w.group : w.K;
+    depth = end - k0 < DEEP ? end - k0 : DEEP;
+    __m512 scale[2], zero[2] = {};
+    for (int half = 0; half < 2; half++) {
+      scale[half] = scales_of(w, panels[half], g);
+      const uint8_t* codes = w.codes + panels[half] * w.panel_bytes() + k0 * PANEL * BITS / 8;
+      bf16* to = b[half];
+      for (int64_t r = 0; r < depth / 2; r += D::ROWS, codes += D::BYTES) {
+        for (int64_t line = 0; line < D::BYTES; line += 64)
+          _mm_prefetch((const char*)codes + AHEAD + line, _MM_HINT_T0);
+        decoder.block(codes, [&](int i, __m512i row) {
+          _mm512_store_si512(to + (r + i) * 32, row);
+        });
       }
-      const bf16* from = a + m0 / 16 * deep + k0 / 32 * TILE;
-      for (int64_t m = 0; m < rows; m += 32, from += 2 * deep, turn ^= 1) {
-        Late& now = late[turn];
-        if (rows - m > 16)
-          tile_step<2, SHIFTED>(from, deep, b[0], depth / 32, G, now, late[turn ^ 1]);
-        else
-          tile_step<1, SHIFTED>(from, deep, b[0], depth / 32, G, now, late[turn ^ 1]);
-        now.rows = rows - m > 16 ? 32 : 16;
-        now.sums = sums[m];
-        now.shifts = shifts + (m0 + m) * G + g;
-        for (int half = 0; half < 2; half++) {
-          now.scale[half] = scale[half];
-          now.zero[half] = zero[half];
-        }
+      if (SHIFTED && k0 == g * w.group) zero[half] = zeros_of(w, panels[half], g);
+    }
+    const bf16* from = a + k0 / 32 * TILE;
+    for (int64_t m = 0; m < rows; m += 32, from += 2 * deep, turn ^= 1) {
+      Late& now = late[turn];
+      if (rows - m > 16)
+        tile_step<2, SHIFTED>(from, deep, b[0], depth / 32, G, now, late[turn ^ 1]);
+      else
+        tile_step<1, SHIFTED>(from, deep, b[0], depth / 32, G, now, late[turn ^ 1]);
+      now.rows = rows - m > 16 ? 32 : 16;
+      now.sums = sums[m];
+      now.shifts = shifts + m * G + g;
+      for (int half = 0; half < 2; half++) {
+        now.scale[half] = scale[half];
+        now.zero[half] = zero[half];
       }
     }
-    Late& last = late[turn ^ 1];
-    last.add<SHIFTED>(0, last.rows, G);
-    last.rows = 0;
-    for (int half = 0; half < (p + 1 < w.panels() ? 2 : 1); half++)
-      for (int64_t m = 0; m < rows; m++)
-        take(m0 + m, (p + half) * PANEL, sums[m] + 16 * half, outputs_of(w, p + half));
+  }
+  Late& last = late[turn ^ 1];
+  last.add<SHIFTED>(0, last.rows, G);
+}
+
+// M rows as A tiles against panels [begin, end), at most WIDE. A row's sums leave together: y has a
+// page for each row.
+template <int BITS, class F>
+void many_rows(const bf16* a, int64_t M, const float* shifts, const Packed& w,
+              const Decoder<BITS>& decoder, int64_t begin, int64_t end, F take) {
+  alignas(64) float sums[WIDE / 2][TALL][32];
+  for (int64_t m0 = 0; m0 < M; m0 += TALL) {
+    const int64_t rows = M - m0 < TALL ? M - m0 : TALL;
+    for (int64_t p = begin; p < end; p += 2) {
+      auto add = w.zero ? pair_sums<BITS, true> : pair_sums<BITS, false>;
+      add(a + m0 * w.K, rows, shifts + m0 * w.groups(), w, decoder, p, sums[(p - begin) / 2]);
+    }
+    for (int64_t m = 0; m < rows; m++)
+      for (int64_t p = begin; p < end; p += 2) {
+        const int64_t left = w.N - p * PANEL;
+        take(m0 + m, p * PANEL, sums[(p - begin) / 2][m], left < 2 * PANEL ? left : 2 * PANEL);
+      }
   }
 }
 
@@ -282,13 +295,9 @@ int fast_linear(const bf16* x, int64_t inputs, int64_t M, const float* sums, con
       auto from_m0 = [&](int64_t m, int64_t n, const float* out, int64_t outputs) {
         take(m0 + m, n, out, outputs);
       };
-      parallel_for(w.panels(), GRAIN, threads, [&](int64_t begin, int64_t end) {
+      parallel_for(w.panels(), WIDE, threads, [&](int64_t begin, int64_t end) {
         Tiles registers;
-        for (int64_t p = begin; p < end; p += 2)
-          if (w.zero)
-            many_rows<BITS, true>(tiles, count, shifts, w, decoder, p, from_m0);
-          else
-            many_rows<BITS, false>(tiles, count, shifts, w, decoder, p, from_m0);
+        many_rows<BITS>(tiles, count, shifts, w, decoder, begin, end, from_m0);
       });
     }
     return PTM_OK;
