@@ -29,6 +29,7 @@ _SUFFIXES = {
     ),
     Format.fp6: ("weight_low", "weight_high", "weight_scale", "weight_shape"),
 }  # fmt: skip
+PACKED_BITS = (2, 4, 8)
 _OPTIONAL = {"g_idx", "weight_zero_point", "weight_g_idx"}
 
 
@@ -38,6 +39,7 @@ class QuantSource:
     def __init__(self, source: TensorSource, config: QuantConfig) -> None:
         self.source, self.config = source, config
         mark, names = "." + MARKS[config.format], source.names()
+        self._there = set(names)
         self.modules = [name.removesuffix(mark) for name in names if name.endswith(mark)]
         hidden = {f"{m}.{s}" for m in self.modules for s in _SUFFIXES[config.format]}
         self._plain = [name for name in names if name not in hidden]
@@ -66,11 +68,10 @@ class QuantSource:
 
     def quantized(self, module: str) -> tuple[Quantized, Tensor | None]:
         """Codes of a linear, and the order of its inputs where its groups scatter them."""
-        there = set(self.source.names())
         tensors = {}
         for suffix in _SUFFIXES[self.config.format]:
             name = f"{module}.{suffix}"
-            if name in there:
+            if name in self._there:
                 tensors[suffix] = self.source.read(name)
             elif suffix not in _OPTIONAL:
                 raise CheckpointError(line("tensor", name, "is missing", "get the folder again"))
@@ -96,12 +97,24 @@ class QuantSource:
             if len(shape) != 2:
                 rule = f"has shape {shape} and needs two dims"
                 raise CheckpointError(line("tensor", f"{module}.qweight", rule, "get it again"))
+            self._check_bits(module, shape[1])
             return TensorInfo((shape[1], shape[0] * 32 // grid.bits), torch.float32)
         name = f"{module}.weight_shape"
-        stored = self.source.info(name) if name in self.source.names() else None
+        stored = self.source.info(name) if name in self._there else None
         if stored is None or stored.shape != (2,):
             raise CheckpointError(line("tensor", name, "must be two numbers", "get it again"))
         shape = tuple(int(n) for n in self.source.read(name).tolist())
         if min(shape) < 1 or math.prod(shape) >= 2**40:
             raise CheckpointError(line("tensor", name, f"says {shape}", "get it again"))
         return TensorInfo(shape, torch.float32)
+
+    def _check_bits(self, module: str, num_outputs: int) -> None:
+        """Zero points are packed along outputs, whose number is known: their words tell the bits,
+        whatever config.json says."""
+        bits, name = self.config.grid_of(module).bits, f"{module}.qzeros"
+        words = self.source.info(name).shape[-1:] if name in self._there else ()
+        for stored in PACKED_BITS:
+            if stored != bits and words == (num_outputs * stored // 32,):
+                rule = f"the shapes of {module} are those of {stored} bits"
+                remedy = f"set bits to {stored} in config.json, or get the folder again"
+                raise CheckpointError(line("config.json bits", bits, rule, remedy))
