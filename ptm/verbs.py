@@ -137,11 +137,12 @@ def show_export(job: PlanExportJob) -> None:
         widths = allocate.fit(job.size, rest, allocate.prior(linears, grids, job.format))
     found = kinds_of(model, given, widths)
     of_each = "4, 8 or 16" if job.size else BF16 if is_16 else given.width
-    shown = Table(title=f"{job.recipe}, scale {job.scale}: {job.format}, {of_each} bits")
-    for head in ("kind", "tensors", "parameters", "bits", "size"):
+    grid = "" if is_16 else f", symmetric={show(given.symmetric)}"
+    shown = Table(title=f"{job.recipe}, scale {job.scale}: {job.format}, {of_each} bits{grid}")
+    for head in ("kind", "tensors", "parameters", "bits / inputs of a scale", "size"):
         shown.add_column(head, justify="left" if head == "kind" else "right")
     for kind in found:
-        counts = f"{kind.tensors:,}", f"{kind.parameters:,}", str(kind.bits)
+        counts = f"{kind.tensors:,}", f"{kind.parameters:,}", str(kind.width)
         shown.add_row(kind.name, *counts, format_bytes(kind.num_bytes))
     total = sum(kind.num_bytes for kind in found)
     numel = sum(kind.parameters for kind in found)
@@ -152,7 +153,7 @@ def show_export(job: PlanExportJob) -> None:
     console.print(shown)
     console.print(f"{total / (2 * numel):.1%} of 16 bits, {format_bytes(2 * numel)}")
     if job.size is not None:
-        note = "bits here go by kind of linear alone; ptm export measures each and chooses by that"
+        note = "bits and groups go by kind of linear here; ptm export chooses by measuring each"
         console.print(note, soft_wrap=True)
 
 

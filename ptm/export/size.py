@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from ptm.export.card import kind_of
-from ptm.export.config import AS_IS, BF16, ExportConfig, ExportFormat, Width
+from ptm.export.config import AS_IS, ExportConfig, ExportFormat, Width
 from ptm.export.m32 import linears_of
 from ptm.export.quantize import grid_of
 from ptm.model.config import ModelConfig
@@ -23,12 +23,12 @@ BYTES_16 = 2
 
 
 class Kind(NamedTuple):
-    """Tensors of one kind; bits: of a code, 16 where they are not quantized."""
+    """Tensors of one kind, stored alike."""
 
     name: str
     tensors: int
     parameters: int
-    bits: int
+    width: Width
     num_bytes: int
 
 
@@ -48,21 +48,22 @@ def stored_bytes(N: int, K: int, grid: Grid, format: ExportFormat) -> int:
 def kinds_of(
     model: ModelConfig, config: ExportConfig, widths: Mapping[str, Width] | None = None
 ) -> list[Kind]:
-    """The tensors of an export in the order of the model, those of a kind and of as many bits added
-    up. widths: of each linear; None: the config's."""
+    """The tensors of an export in the order of the model, those of a kind and a width added up.
+    widths: of each linear; None: the config's."""
     chosen = linears_of(model, config.layers)
-    found: dict[tuple[str, int], Kind] = {}
+    found: dict[tuple[str, Width], Kind] = {}
     for name, rows in published(model, Layout.hf, tied_copy=False).items():
         module, numel = name.removesuffix(".weight"), math.prod(rows.shape)
-        bits, size = BF16, BYTES_16 * numel
+        width, size = AS_IS, BYTES_16 * numel
         wanted = None if widths is None else widths.get(module)
         if module in chosen and wanted != AS_IS:
             grid = grid_of(config, width=wanted)
-            bits, size = grid.bits, stored_bytes(*chosen[module], grid, config.format)
+            width = Width(grid.bits, grid.group)
+            size = stored_bytes(*chosen[module], grid, config.format)
         kind = _kind(module)
-        before = found.get((kind, bits), Kind(kind, 0, 0, bits, 0))
-        found[kind, bits] = Kind(
-            kind, before.tensors + 1, before.parameters + numel, bits, before.num_bytes + size
+        before = found.get((kind, width), Kind(kind, 0, 0, width, 0))
+        found[kind, width] = Kind(
+            kind, before.tensors + 1, before.parameters + numel, width, before.num_bytes + size
         )
     return list(found.values())
 

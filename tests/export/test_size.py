@@ -56,14 +56,14 @@ def test_m32_is_as_large_as_published(bits: int, published_gib: float) -> None:
     is_plain = dict.fromkeys(linears_of(model, config.layers), AS_IS) if bits == 16 else None
     kinds = kinds_of(model, config, is_plain)
     assert sum(k.num_bytes for k in kinds) == pytest.approx(published_gib * GIB, rel=0.02)
-    quantized = [k for k in kinds if k.bits < 16]
+    quantized = [k for k in kinds if k.width != AS_IS]
     if bits < 16:
         assert sum(k.tensors for k in quantized) == 1704
         assert sum(k.parameters for k in quantized) == pytest.approx(39.46e9, rel=1e-3)
 
 
 def planned(capsys: pytest.CaptureFixture, **keys: Any) -> dict[tuple[str, str], tuple[int, str]]:
-    """Of what is printed: (kind, bits) -> tensors and size."""
+    """Of what is printed: (kind, bits / group) -> tensors and size."""
     show_export(PlanExportJob(action="export", **keys))
     rows = [row.split("│")[1:-1] for row in capsys.readouterr().out.splitlines() if "│" in row]
     words = [[word.strip() for word in row] for row in rows]
@@ -76,11 +76,11 @@ def test_a_plan_fits_its_size(capsys: pytest.CaptureFixture, gib: float) -> None
     found = planned(capsys, size=f"{gib}GiB", **given)
     number, unit = next(size for (kind, _), (_, size) in found.items() if kind == "all").split()
     assert unit == "GiB" and gib - 0.05 <= float(number) <= gib  # an expert more
-    experts = {bits: count for (kind, bits), (count, _) in found.items() if kind == "experts.w2"}
+    experts = {width: count for (kind, width), (count, _) in found.items() if kind == "experts.w2"}
     assert sum(experts.values()) == 768
     if gib == 23.27:  # what every token goes through first, experts with what is left
-        assert ("q_proj", "4") not in found and ("gate.query", "4") not in found
-        assert experts.keys() | {b for k, b in found if k == "experts.w1"} >= {"4", "8"}
+        assert not [w for k, w in found if k in ("q_proj", "gate.query") and w.startswith("4/")]
+        assert experts.keys() | {w for k, w in found if k == "experts.w1"} >= {"4/32", "8/128"}
 
 
 @pytest.mark.parametrize("size", ["20GB", "90GB"])
@@ -128,5 +128,8 @@ def test_a_planned_export_has_the_planned_size(
 def test_prints_by_kind(capsys: pytest.CaptureFixture) -> None:
     show_export(PlanExportJob(action="export"))
     shown = capsys.readouterr().out
-    for word in ("experts.w1", "gate.query", "filters", "norms", "embed_tokens", "all"):
+    for word in ("experts.w1", "gate.query", "filters", "norms", "embed_tokens", "all", "4/128"):
         assert word in shown
+    assert "m32, scale full: gptq, 4 bits, symmetric=true" in shown
+    show_export(PlanExportJob(action="export", group=0, format=ExportFormat.fp6, bits="6"))
+    assert "6/row" in capsys.readouterr().out
