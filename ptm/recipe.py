@@ -38,12 +38,13 @@ from ptm.model.config import ModelConfig, Scale
 from ptm.model.lora_config import AdapterConfig, AdapterKind
 from ptm.optim.config import OptimConfig
 from ptm.quant.config import QatConfig, QatGrid
-from ptm.recipe_files import RecipeFile, read_chain
+from ptm.recipe_files import RecipeFile, read_chain, shipped
 from ptm.trainer.config import BY_TOKEN, ObjectiveKind, TrainConfig
 from ptm.trainer.metrics import LogConfig
 from ptm.trainer.policy_config import DpoConfig, GrpoConfig
 
 DEFAULT = "m32"
+SCALES = [scale.value for scale in Scale if scale is not Scale.auto]
 
 
 class Resume(Choice):
@@ -258,8 +259,7 @@ def load_recipe(
     notices: list[str] = []
     layer = schema.words(words, positionals=positionals, names=NAMES, notices=notices)
     name = layer["recipe"].value if "recipe" in layer else DEFAULT
-    scales = [scale.value for scale in Scale if scale is not Scale.auto]
-    chain = read_chain(schema, name, scales=scales)
+    chain = read_chain(schema, name, scales=SCALES)
     scale = _scale(chain, layer, has_accelerator or _has_accelerator, notices)
     merged: Layer = {}
     for file in chain:
@@ -312,9 +312,20 @@ def _scale(
         notices.append(f"model.scale=auto: {why}{scale}")
     if scale in known or (not known and scale in (Scale.auto, *from_file[-1:])):
         return scale
-    has = f"only {', '.join(sorted(known))}" if known else "no scales"
-    rule = f"this recipe has {has}"
-    raise RecipeError(line("model.scale", f"{why}{scale}", rule, "set another scale or recipe"))
+    rule = f"this recipe has only {', '.join(sorted(known))}"
+    remedy = "set another scale or recipe"
+    if not known:
+        rule = f"this recipe has no scales, as {', '.join(_with_scales())} have"
+        own = f"set it to {from_file[-1]}" if from_file else "leave it out"
+        remedy = f"{own}, or take one of those"
+    raise RecipeError(line("model.scale", f"{why}{scale}", rule, remedy))
+
+
+def _with_scales() -> list[str]:
+    """The shipped recipes that have scales, their own or of what they build on."""
+    schema = schema_of(Recipe)
+    chains = {name: read_chain(schema, name, scales=SCALES) for name in shipped()}
+    return [name for name, chain in chains.items() if any(file.scales for file in chain)]
 
 
 def _has_accelerator() -> bool:
