@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import tempfile
 from pathlib import Path
 from typing import Protocol
 
@@ -282,25 +283,42 @@ def report(job: ReportJob) -> None:
 
 def bench(job: BenchJob | StepBenchJob | KernelBenchJob | DecodeBenchJob | GptqBenchJob) -> None:
     """Run one benchmark and print its table."""
-    if isinstance(job, GptqBenchJob):
-        gptq.run(job)
-        return
-    if isinstance(job, DecodeBenchJob):
-        decode.run(job)
-        return
-    if isinstance(job, KernelBenchJob):
-        kernels.run(job)
-        return
-    if isinstance(job, StepBenchJob):
-        if job.bench not in STEP_BENCHES:
-            rule = f"must be one of {', '.join(STEP_BENCHES)}"
-            raise RecipeError(line("bench", job.bench, rule, "as in `ptm bench engines`"))
-        STEP_BENCHES[job.bench](job, recipe_words(job))
-        return
-    if job.name not in BENCHES:
+    if isinstance(job, StepBenchJob) and job.bench not in STEP_BENCHES:
+        rule = f"must be one of {', '.join(STEP_BENCHES)}"
+        raise RecipeError(line("bench", job.bench, rule, "as in `ptm bench engines`"))
+    if isinstance(job, BenchJob) and job.name not in BENCHES:
         rule = f"must be one of {', '.join([*BENCHES, *STEP_BENCHES, 'kernels', 'decode', 'gptq'])}"
         raise RecipeError(line("name", job.name, rule, "as in `ptm bench router`"))
-    BENCHES[job.name](job)
+    for key in ("out", "json", "svg"):
+        if path := getattr(job, key, None):
+            refuse_unwritable(key, Path(path), is_folder=key == "out")
+    if isinstance(job, GptqBenchJob):
+        gptq.run(job)
+    elif isinstance(job, DecodeBenchJob):
+        decode.run(job)
+    elif isinstance(job, KernelBenchJob):
+        kernels.run(job)
+    elif isinstance(job, StepBenchJob):
+        STEP_BENCHES[job.bench](job, recipe_words(job))
+    else:
+        BENCHES[job.name](job)
+
+
+def refuse_unwritable(key: str, path: Path, *, is_folder: bool) -> None:
+    """Raise StorageError where a long job could not leave its file or folder; a new file is not
+    left."""
+    try:
+        if is_folder:
+            path.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=path).close()
+        elif path.exists():
+            path.open("a").close()
+        else:
+            path.touch()
+            path.unlink()
+    except OSError as error:
+        rule = f"cannot be written ({error.strerror})"
+        raise StorageError(line(key, path, rule, "name another")) from error
 
 
 def recipe_words(job: StepBenchJob) -> tuple[str, ...]:

@@ -1,12 +1,14 @@
 """`ptm bench kernels`: its numbers, its chart, and what it refuses."""
 
+import dataclasses
 import json
 import xml.etree.ElementTree as ElementTree
 
 import pytest
 import torch
 
-from ptm.bench import kernel_lfa, kernel_moe, kernel_products, kernels
+from ptm import cli, verbs
+from ptm.bench import gptq, kernel_lfa, kernel_moe, kernel_products, kernels
 from ptm.bench.kernel_case import Case
 from ptm.common.errors import RecipeError, StorageError
 from ptm.jobs import KernelBenchJob
@@ -51,6 +53,30 @@ def test_refuses_in_one_line(tmp_path, monkeypatch):
     job = KernelBenchJob(bench="kernels", op=("rope_qk",), rounds=1, json=str(tmp_path))
     with pytest.raises(StorageError, match="file=.*cannot be written"):
         kernels.run(job)
+
+
+@pytest.mark.parametrize("key", ["out", "json", "svg"])
+@pytest.mark.parametrize("bench", ["kernels", "updates", "wire", "gptq"])
+def test_what_cannot_be_written_is_refused_before_anything_is_measured(
+    bench, key, tmp_path, monkeypatch, capsys
+):
+    for benches in (verbs.BENCHES, verbs.STEP_BENCHES):
+        monkeypatch.setitem(benches, bench, lambda *_: print("measured"))
+    for module in (kernels, gptq):
+        monkeypatch.setattr(module, "run", lambda job: print("measured"))
+    (tmp_path / "file").touch()
+    given = [bench, f"out={tmp_path}/runs", f"json={tmp_path}/a.json", f"svg={tmp_path}/a.svg"]
+    keys = {f.name for f in dataclasses.fields(cli.load(cli.VERBS["bench"].told([bench]).config))}
+    if key not in keys:
+        return
+    words = [word for word in given if word == bench or word.partition("=")[0] in keys]
+    assert cli.run(["bench", *words]) == 0
+    assert "measured" in capsys.readouterr().out and not list(tmp_path.glob("a.*"))
+    bad = f"{key}={tmp_path}/file/x"
+    assert cli.run(["bench", *(w for w in words if not w.startswith(f"{key}=")), bad]) == 74
+    shown = capsys.readouterr()
+    assert "measured" not in shown.out and shown.err.startswith(f"{key}={tmp_path}"[:60])
+    assert shown.err.endswith(": cannot be written (Not a directory); name another\n")
 
 
 @pytest.mark.slow
