@@ -55,6 +55,7 @@ from ptm.serve.generator import Sampling, stream_text
 from ptm.trainer.config import BY_TOKEN, ObjectiveKind, TrainConfig
 from ptm.trainer.loop import Run, fit
 from ptm.trainer.metrics import Metrics
+from ptm.trainer.signals import StopRequest
 from ptm.tuning import base_tokenizer
 
 SAMPLE = Sampling(prompt="import os\n\n\nclass", max_new_tokens=160, temperature=0.8, top_p=0.9)
@@ -192,8 +193,9 @@ def open_run(recipe: Recipe, plan: Plan) -> Iterator[Parts]:
             world=mesh.world,
             peak_gflops_per_rank=round(peak / 1e9, 1),
         )
+        stop = StopRequest()
         mode = open_mode(
-            Setup(recipe, mesh, peers, start, corpus, model, metrics, state.step, stack)
+            Setup(recipe, mesh, peers, start, corpus, model, metrics, state.step, stack, stop)
         )
         tokenizer_folder = recipe.run_dir / "tokenizer"
         on_main(peers, lambda: corpus.tokenizer.save(tokenizer_folder))
@@ -214,6 +216,7 @@ def open_run(recipe: Recipe, plan: Plan) -> Iterator[Parts]:
             metric_names=mode.metric_names,
             summary=mode.summary,
             best_key=mode.best_key,
+            stop=stop,
         )
         yield Parts(run, mode, corpus, model, saver)
 

@@ -44,6 +44,7 @@ from ptm.trainer.objectives import (
     replaying,
     rewarded,
 )
+from ptm.trainer.signals import StopRequest
 from ptm.tuning import BeforeAfter, Replaying, Rows, Sft, tokenizer_folder
 
 
@@ -62,6 +63,7 @@ class Setup:
     "Steps that are done: 0 in a new run."
     stack: ExitStack
     "Closes what a mode opens."
+    stop: StopRequest
 
     def text(self, split: Split, *, num_rows: int, prefetch: int = 0) -> Batches:
         """This rank's rows of a split of the corpus, closed with the run."""
@@ -279,6 +281,7 @@ def rewards(setup: Setup) -> Mode:
         tokenizer=tokenizer,
         rewarder=rewarder,
         reference=reference,
+        stop=setup.stop,
     )
     setup.stack.callback(rollouts.loader.close)
     say(f"{len(sides.train):,} prompts, {len(rollouts.held_out):,} held out")

@@ -4,24 +4,26 @@
 A rollout is a function of the step and the weights: prompts by the order of rows, each answer drawn
 from numbers seeded by (train.seed, step, prompt, sample), in micro-batches of whole groups that are
 composed alike on any number of ranks. So nothing of it is kept: after a kill it is made again. It
-runs through the model that is trained, shards and all; ranks go on until all
-of them have ended.
+runs through the model that is trained, shards and all; ranks go on until all of them have ended.
+Asked to stop, a rank scores no further answer, and after the micro-batch all ranks leave; what is
+made of a step is thrown away.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ptm.common.errors import RecipeError, line
+from ptm.common.errors import RecipeError, Requeue, line
 from ptm.data.loader import Loader
 from ptm.data.pack import Batch
 from ptm.data.preferences import Order, Pair, Prompt, Reference, padded
-from ptm.data.rewards import Rewarder, Scored
+from ptm.data.rewards import Rewarder, RewardError, Scored
 from ptm.mesh.mesh import Mesh
+from ptm.mesh.peers import Peers
 from ptm.model.generate import recorded_routes, row_seed
 from ptm.model.transformer import Transformer
 from ptm.parts import say
@@ -29,6 +31,7 @@ from ptm.recipe import Recipe
 from ptm.trainer.objectives import GrpoBatch, PairBatch
 from ptm.trainer.policy import advantages, dpo
 from ptm.trainer.policy_config import GrpoConfig
+from ptm.trainer.signals import StopRequest
 
 
 def check_rows(recipe: Recipe, mesh: Mesh, *, unit: int) -> int:
@@ -225,11 +228,14 @@ class Rollouts:
         tokenizer: Any,
         rewarder: Rewarder,
         reference: Transformer | None,
+        stop: StopRequest | None = None,
     ) -> None:
-        """reference: what the KL term is to, where there is one."""
+        """reference: what the KL term is to, where there is one; stop: looked at between two
+        answers of training."""
         self.recipe, self.mesh, self.model, self.tokenizer = recipe, mesh, model, tokenizer
         self.config: GrpoConfig = recipe.grpo
         self.rewarder, self.reference = rewarder, reference
+        self.stop = StopRequest() if stop is None else stop
         size = self.config.group_size
         groups = check_rows(recipe, mesh, unit=size)
         self.train: list[Prompt] = sides.train
@@ -243,13 +249,33 @@ class Rollouts:
             micro_batch_size=self.micro // size,
         )
         self._made: tuple[int, list[GrpoBatch]] | None = None
-        self.has_warned = False
+        self.has_warned, self.last_error = False, ""
 
     def micro_batches(self, step: int) -> list[GrpoBatch]:
+        """Raises on all ranks: Requeue when one was asked to stop, RewardError when no answer of
+        the step, of more than one, could be scored."""
         if self._made is None or self._made[0] != step:
-            groups = self.loader.micro_batches(step)
-            self._made = step, [self._rollout(step, numbers) for numbers in groups]  # type: ignore
+            made, scored, failed, of_all, failed_of_all = [], 0, 0, 0, 0
+            for numbers in self.loader.micro_batches(step):
+                made.append(self._rollout(step, numbers))  # type: ignore
+                found = made[-1].metrics
+                scored += int(found["rows"] - found["unended"])
+                failed += int(found["reward_raised"] + found["reward_hung"])
+                sums = torch.tensor([bool(self.stop), scored, failed], device=self.mesh.device)
+                is_stopped, of_all, failed_of_all = self.mesh.sum_counts(sums).tolist()
+                if is_stopped:
+                    rule = f"stopped within the answers of step {step + 1}"
+                    raise Requeue(f"{rule}; the same command goes on from there")
+            if failed_of_all == of_all > 1:
+                self._refuse(step, failed_of_all)
+            self._made = step, made
         return self._made[1]
+
+    def _refuse(self, step: int, count: int) -> None:
+        told = Peers(self.mesh.background).gather(self.last_error)
+        rule = f"failed for all {count:,} answers of step {step + 1} ({next(filter(None, told))})"
+        remedy = "mend it, and give the same command again"
+        raise RewardError(line("grpo.reward", self.config.reward, rule, remedy))
 
     def tokens(self, step: int) -> int:
         """Tokens of all answers of a step, over all ranks."""
@@ -261,7 +287,7 @@ class Rollouts:
         prompts = [self.train[n] for n in numbers for _ in range(size)]
         seeds = [row_seed(seed, step, n, sample) for n in numbers for sample in range(size)]
         drawn = self._draw(prompts, seeds)
-        rewards_B, counts = self._rewards(prompts, drawn)
+        rewards_B, counts = self._rewards(prompts, drawn, lambda: bool(self.stop))
         groups = rewards_B.view(-1, size)
         equal = (groups == groups[:, :1]).all(1).sum()
         metrics = {
@@ -317,14 +343,20 @@ class Rollouts:
             mesh=self.mesh,
         )
 
-    def _rewards(self, prompts: Sequence[Prompt], drawn: Drawn) -> tuple[Tensor, Mapping[str, int]]:
+    def _rewards(
+        self,
+        prompts: Sequence[Prompt],
+        drawn: Drawn,
+        is_stopped: Callable[[], bool] = lambda: False,
+    ) -> tuple[Tensor, Mapping[str, int]]:
         """(B,) fp64, 0 for an answer that has not ended, and what went wrong."""
         whole = [i for i, is_ended in enumerate(drawn.ended) if is_ended]
         rows = [
             (prompts[i].question, prompts[i].answer, self.tokenizer.decode(drawn.answers[i]))
             for i in whole
         ]
-        scored = self.rewarder.score(rows)
+        scored = self.rewarder.score(rows, is_stopped)
+        self.last_error = scored.first_error or self.last_error
         if scored.first_error and not self.has_warned:
             self.has_warned = True
             say(self._warning(scored, len(rows)))

@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ptm.common.errors import DataError, OutOfPages, PtmError, RecipeError, line
+from ptm.common.errors import DataError, OutOfPages, PtmError, RecipeError, Requeue, line
 from ptm.data.child import CRASHED, TIMED_OUT, Child
 
 MEMORY_BYTES = 1 << 30
@@ -55,6 +55,10 @@ class Scored(NamedTuple):
     first_error: str = ""
 
 
+class RewardError(DataError):
+    """Every answer of a step failed."""
+
+
 class _Hung(str):
     """Why there is no reward: it took too long."""
 
@@ -76,18 +80,32 @@ class Rewarder:
                     raise DataError(line("grpo.reward", name, rule, "mend the file")) from None
             raise
 
-    def score(self, rows: Sequence[tuple[str, str, str]]) -> Scored:
-        """Rewards of (question, answer, text) rows."""
+    def score(
+        self,
+        rows: Sequence[tuple[str, str, str]],
+        is_stopped: Callable[[], bool] = lambda: False,
+    ) -> Scored:
+        """Rewards of (question, answer, text) rows; as soon as `is_stopped`, 0 for the rest."""
         rewards, raised, hung, first = [], 0, 0, ""
         at = 0
         while at < len(rows):
+            if is_stopped():
+                return Scored(rewards + [0.0] * (len(rows) - at), raised, hung, first)
             if hung >= MOST_HUNG:
                 rest = len(rows) - at
                 return Scored(rewards + [0.0] * rest, raised, hung + rest, first)
             # One request for many rows; a hang or a death costs the row it is at, and goes on.
             done: list[Any] = []
+
+            def take(value: Any, done: list[Any] = done) -> None:
+                done.append(value)
+                if is_stopped():
+                    raise Requeue("asked to stop")
+
             try:
-                self._call({"rows": [list(row) for row in rows[at:]]}, done.append)
+                self._call({"rows": [list(row) for row in rows[at:]]}, take)
+            except Requeue:
+                pass
             except (DataError, OutOfPages) as error:
                 if len(done) == len(rows) - at:  # it died behind the last one
                     raise

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ptm.common.device import memory_bytes, sync
 from ptm.common.errors import DivergedError, Requeue, line
+from ptm.data.rewards import RewardError
 from ptm.mesh.mesh import Mesh
 from ptm.optim.schedule import learning_rate
 from ptm.trainer.clock import Clock
@@ -66,16 +67,17 @@ class Run:
     summary: Summary = per_token
     best_key: str = "eval_bits_per_byte"
     "Which of the evaluation's numbers tells the best step, the one where it is lowest."
+    stop: StopRequest = field(default_factory=StopRequest)
 
 
 def fit(run: Run) -> None:
     """Train to the last step. Raises Requeue or DivergedError after saving."""
     state, clock, traffic = run.state, Clock(), Traffic(run.engine.report)
-    with stop_requests() as stop, _last_words(run):
+    with stop_requests(run.stop) as stop, _last_words(run):
         while state.step < run.train.steps:
             seed_step(run.train.seed, state.step, run.mesh.rank)
             with clock.span("data"):
-                batches = run.batches.micro_batches(state.step)
+                batches = _batches(run)
             lr = rate(run.train, state.step)
             waited_s = run.mesh.ledger.seconds
             outcome = train_step(
@@ -102,9 +104,22 @@ def fit(run: Run) -> None:
             run.engine.commit(state.step, {"train": state.to_json()})
             if outcome.is_skipped:
                 _skip(run, outcome)
-            _stop_if_asked(run, outcome, stop)
+            _stop_if_asked(run, outcome)
             if due(state.step, run.save_every) or is_last or is_best:
                 _save(run, is_best=is_best, block=is_last)
+
+
+def _batches(run: Run) -> Sequence[Any]:
+    """Of the next step. Where answers are drawn for it the ranks may agree to end the run: what is
+    done is saved first."""
+    try:
+        return run.batches.micro_batches(run.state.step)
+    except (Requeue, RewardError) as error:
+        if isinstance(error, Requeue):
+            _note_stop(run)
+        if run.state.step:
+            _save(run, is_best=False, block=True)
+        raise
 
 
 def _save(run: Run, *, is_best: bool, block: bool) -> None:
@@ -206,10 +221,13 @@ def _skip(run: Run, outcome: Outcome) -> None:
         raise DivergedError(line("train.max_skipped", run.train.max_skipped, rule, remedy))
 
 
-def _stop_if_asked(run: Run, outcome: Outcome, stop: StopRequest) -> None:
+def _stop_if_asked(run: Run, outcome: Outcome) -> None:
     if outcome.flags[0] and run.state.step < run.train.steps:
-        run.metrics.event(
-            "stop", step=run.state.step, signal=stop.signal_name or "from another rank"
-        )
+        _note_stop(run)
         _save(run, is_best=False, block=True)
         raise Requeue(f"saved after step {run.state.step}; the same command goes on from there")
+
+
+def _note_stop(run: Run) -> None:
+    signal = run.stop.signal_name or "from another rank"
+    run.metrics.event("stop", step=run.state.step, signal=signal)

@@ -2,8 +2,8 @@
 
 SIGTERM (schedulers, torchrun's agent), SIGUSR1 (Slurm's early warning), SIGHUP (a lost terminal)
 and SIGINT (Ctrl-C) only raise a flag. The loop reads it at the end of a step, after the ranks have
-agreed on it, so one rank's signal stops them all at the same step. A second Ctrl-C ends the process
-at once.
+agreed on it, so one rank's signal stops them all at the same step; rollouts, which may take long,
+do so within one too (ptm/policies.py). A second Ctrl-C ends the process at once.
 """
 
 from __future__ import annotations
@@ -30,9 +30,8 @@ class StopRequest:
 
 
 @contextmanager
-def stop_requests() -> Iterator[StopRequest]:
+def stop_requests(request: StopRequest) -> Iterator[StopRequest]:
     """Install the handlers for the time of the block; yields the flag."""
-    request = StopRequest()
     caught = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
     before = [signal.signal(number, request._on_signal) for number in caught]
     try:

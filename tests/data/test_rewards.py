@@ -60,6 +60,15 @@ def test_a_failure_costs_its_row_and_is_counted(file):
         assert rewarder.score([("q", "a", "a")]).rewards == [0.1]
 
 
+def test_asked_to_stop_it_scores_no_further_answer(file: Path) -> None:
+    with Rewarder(f"{file}:score", timeout_s=20) as rewarder:
+        asked = iter([False, False, True])
+        rows = [("q", "a", text) for text in ["abc", "ab", "hang", "hang"]]
+        found = rewarder.score(rows, lambda: next(asked, True))
+        assert found == ([0.3, 0.2, 0.0, 0.0], 0, 0, "")
+        assert rewarder.score(rows[:1]).rewards == [0.3]
+
+
 def test_a_reward_has_no_network(file):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = str(server.getsockname()[1])

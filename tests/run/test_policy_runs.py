@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -119,17 +120,62 @@ def test_rewards_after_a_kill_within_a_rollout(
     assert runs.digests(killed, STEPS) == runs.digests(whole, STEPS)
 
 
-def test_a_reward_that_raises_is_told_once(
+def test_a_signal_within_a_rollout_waits_for_one_answer(
     base: Path, text: Path, cache: Path, tmp_path: Path
 ) -> None:
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    pause, paused = tmp_path / "pause", tmp_path / "paused"
+    reward = tmp_path / "mine.py"
+    reward.write_text(REWARD.format(pause=str(pause), paused=str(paused)).replace("50", "3"))
+    changes = {"grpo.reward": f"{reward}:paid", "grpo.group_size": 4, "grpo.eval_prompts": 4}
+    changes |= {"grpo.max_new_tokens": 6, "eval.interval": STEPS, "checkpoint.interval": STEPS}
+    finish(runs.launch(2, words(whole, base, text, "grpo", **changes), cache))
+
+    again = words(stopped, base, text, "grpo", **changes)
+    with subprocess.Popen(
+        runs.command(2, again), env=runs.environment(cache), stderr=subprocess.PIPE, text=True
+    ) as process:
+        while not paused.exists():  # a reward of step 4 or later, of 16 that take 3 s each
+            assert process.poll() is None
+            if num_logged(stopped) >= 3:
+                pause.touch()
+            time.sleep(0.005)
+        signalled = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        told = process.communicate(timeout=60)[1]
+        took_s = time.monotonic() - signalled
+    pause.unlink()
+    assert process.returncode == 75 and took_s < 12, (told, took_s)
+    done = len(runs.log(stopped))
+    assert f"stopped within the answers of step {done + 1}; the same command goes on" in told
+    assert [p.name for p in (stopped / "checkpoints").iterdir()] == [f"step-{done:08d}"]
+    shown = finish(runs.launch(2, again, cache))
+    assert f"resuming after step {done} from" in shown
+    assert runs.log(stopped) == runs.log(whole)
+    assert runs.digests(stopped, STEPS) == runs.digests(whole, STEPS)
+
+
+@pytest.mark.parametrize("is_always", [False, True])
+def test_a_reward_that_raises_is_told_once_and_one_that_always_does_ends_the_run(
+    base: Path, text: Path, cache: Path, tmp_path: Path, is_always: bool
+) -> None:
     reward = tmp_path / "bad.py"
-    reward.write_text("def bad(question, answer, text):\n    raise ValueError('boom')\n")
+    reward.write_text(
+        f"count = 0\ndef bad(question, answer, text):\n    global count\n    count += 1\n"
+        f"    if {is_always} or count % 2: raise ValueError('boom')\n    return 0\n"
+    )
     changes = {"grpo.reward": f"{reward}:bad", "grpo.group_size": 4, "grpo.eval_prompts": 4}
     changes |= {"grpo.max_new_tokens": 6, "train.steps": 2}
     done = runs.launch(0, words(tmp_path / "run", base, text, "grpo", **changes), cache)
-    finish(done)
     told = [row for row in done.stdout.splitlines() if row.startswith("grpo.reward=")]
     assert len(told) == 1 and "ValueError: boom" in told[0]
+    if is_always:
+        assert done.returncode == 4 and re.search(
+            r"^grpo.reward=.*: failed for all \d+ answers of step 1 \(.*: boom\); mend it, and",
+            done.stderr.splitlines()[-1],
+        )
+        return
+    finish(done)
     steps = [row for row in done.stdout.splitlines() if row.startswith("step ")]
     assert any(" raised " in row and " reward 0.000 " in row for row in steps)
 

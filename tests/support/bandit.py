@@ -1,6 +1,7 @@
 """A task for GRPO that is one token long: prompts of no meaning, a reward for the first token."""
 
 from types import SimpleNamespace
+from typing import Any
 
 from ptm.data.preferences import Prompt, Sides
 from ptm.data.rewards import Scored
@@ -8,6 +9,7 @@ from ptm.mesh.mesh import Mesh
 from ptm.model.transformer import Transformer
 from ptm.policies import Rollouts
 from ptm.recipe import Recipe, load_recipe
+from ptm.trainer.signals import StopRequest
 from tests.support.tiny import tiny_model
 
 EOD, TOKEN = 0, 5
@@ -20,7 +22,7 @@ class Payer:
     def __init__(self, is_wanted: bool) -> None:
         self.is_wanted = is_wanted
 
-    def score(self, rows: list[tuple[str, str, str]]) -> Scored:
+    def score(self, rows: list[tuple[str, str, str]], is_stopped: object = None) -> Scored:
         found = [(text.split()[:1] == [str(TOKEN)]) == self.is_wanted for *_, text in rows]
         return Scored([float(one) for one in found], raised=0, hung=0)
 
@@ -53,6 +55,8 @@ def rollouts_of(
     *,
     is_wanted: bool = True,
     reference: Transformer | None = None,
+    rewarder: Any = None,
+    stop: StopRequest | None = None,
 ) -> Rollouts:
     tokenizer = SimpleNamespace(eod_id=EOD, decode=lambda ids: " ".join(map(str, ids)))
     return Rollouts(
@@ -61,6 +65,7 @@ def rollouts_of(
         model,
         Sides(PROMPTS, PROMPTS * 5),
         tokenizer=tokenizer,
-        rewarder=Payer(is_wanted),  # type: ignore[arg-type]
+        rewarder=rewarder or Payer(is_wanted),
         reference=reference,
+        stop=stop,
     )

@@ -2,6 +2,7 @@
 to say it, one that is paid for any other unlearns it, and the KL term holds it back. And on two
 ranks the rollouts are those of one."""
 
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,7 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from ptm.common.errors import Requeue
+from ptm.data.rewards import RewardError, Scored
 from ptm.trainer.objectives import rewarded
+from ptm.trainer.signals import StopRequest
 from tests.support.bandit import policy, recipe_of, rollouts_of
 from tests.support.mesh import mesh_of_test
 from tests.support.ranks import run_ranks
@@ -80,3 +84,49 @@ def test_two_ranks_draw_what_one_draws():
         for name, values in ours.items():
             kept = slice(None) if values.ndim == 1 else (slice(None), slice(length))
             assert np.array_equal(values[kept], theirs[name][kept]), name
+
+
+class Failing:
+    """Raises for this rank's answers, or for all of them but the first."""
+
+    def __init__(self, error: str, spared: int = 0) -> None:
+        self.error, self.spared = error, spared
+
+    def score(self, rows: list[Any], is_stopped: object = None) -> Scored:
+        spared, self.spared = min(self.spared, len(rows)), 0
+        return Scored([0.0] * len(rows), len(rows) - spared, 0, self.error)
+
+
+def rollouts_that_fail(rank: int, world: int, spared: int) -> str:
+    mesh, error = mesh_of_test(rank, world), f"ValueError: of rank {rank}"
+    rewarder = Failing(error if rank else "", spared if rank else 0)
+    rollouts = rollouts_of(recipe_of(3), mesh, policy(3), rewarder=rewarder)
+    try:
+        return f"{len(rollouts.micro_batches(5))} micro-batches"
+    except RewardError as error:
+        return str(error)
+
+
+def test_a_reward_that_fails_for_every_answer_of_a_step_ends_the_run_on_all_ranks():
+    first, second = run_ranks(2, rollouts_that_fail, 0)
+    assert first == second and re.fullmatch(
+        r"grpo.reward=exact: failed for all \d+ answers of step 6 \(ValueError: of rank 1\); .*",
+        first,
+    )
+    assert run_ranks(2, rollouts_that_fail, 1) == ["1 micro-batches"] * 2
+
+
+def rollouts_that_stop(rank: int, world: int) -> str:
+    stop = StopRequest()
+    rollouts = rollouts_of(recipe_of(3), mesh_of_test(rank, world), policy(3), stop=stop)
+    assert len(rollouts.micro_batches(5)) == 1
+    stop.signal_name = "SIGTERM" if rank else ""
+    try:
+        return f"{len(rollouts.micro_batches(6))} micro-batches"
+    except Requeue as error:
+        return str(error)
+
+
+def test_a_signal_to_one_rank_ends_the_rollouts_of_all():
+    told = "stopped within the answers of step 7; the same command goes on from there"
+    assert run_ranks(2, rollouts_that_stop) == [told] * 2

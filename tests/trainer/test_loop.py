@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ptm.common.errors import DivergedError, Requeue
+from ptm.data.rewards import RewardError
 from ptm.engine.config import EngineConfig
 from ptm.engine.engine import PagedEngine, UnitSpec
 from ptm.engine.layout import Named
@@ -117,7 +118,7 @@ def run_toy(
     how = "done"
     try:
         fit(run)
-    except (DivergedError, Requeue) as error:
+    except (DivergedError, Requeue, RewardError) as error:
         how = f"{type(error).__name__} {error}"
     metrics.close()
     engine.drain()
@@ -187,6 +188,26 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(tmp_path: Path, number:
     first, second = run_ranks(2, signal_on_rank_1, str(tmp_path), int(number))
     assert first[:4] == second[:4]
     assert first[0].startswith("Requeue saved after step 3") and first[3] == [3]
+
+
+def ends_in_its_batches(rank: int, world: int, folder: str, last: int, error: str) -> Any:
+    def change(step: int, rows: Tensor) -> Tensor:
+        if step == last:
+            raise {"Requeue": Requeue, "RewardError": RewardError}[error](f"in step {step}")
+        return rows
+
+    return run_toy(rank, world, folder, change)
+
+
+@pytest.mark.parametrize("error", ["Requeue", "RewardError"])
+@pytest.mark.parametrize("last, saved", [(0, []), (2, [2]), (5, [4, 5])])
+def test_batches_that_end_the_run_lose_no_step(
+    tmp_path: Path, error: str, last: int, saved: list[int]
+) -> None:
+    for found in run_ranks(2, ends_in_its_batches, str(tmp_path), last, error):
+        assert found[:4] == (f"{error} in step {last}", last, 0, saved)
+    is_stop = '"kind":"stop"' in (tmp_path / "events.jsonl").read_text()
+    assert is_stop == (error == "Requeue")
 
 
 def test_same_seed_same_bits(tmp_path: Path) -> None:
