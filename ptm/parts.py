@@ -43,8 +43,7 @@ from ptm.optim.adamw import AdamW
 from ptm.parallel.adapters import adapted_engine
 from ptm.parallel.apply import materialize_buffers, put_on_grid, share_experts, units_of
 from ptm.parallel.recompute import recompute_blocks
-from ptm.quant.grid import GridKind
-from ptm.quant.rows import RowFormat
+from ptm.planner.job import rows_held
 from ptm.recipe import Recipe, Resume
 from ptm.run_folder import last_logged_step
 from ptm.trainer.config import Precision, Recompute
@@ -96,7 +95,7 @@ def build_model(
         )
     model = Transformer(recipe.model, dtype=dtype, device="meta")
     add_adapter(model, recipe.adapter)
-    held = rows_held(recipe)
+    held = rows_held(recipe.adapter, dtype.itemsize)
     units = units_of(model, held)
     materialize_buffers(model, mesh.device)
     share_experts(model, mesh, recipe.engine.chunks)
@@ -133,13 +132,6 @@ def build_model(
     if (grid := recipe.qat.made()) is not None:  # last: the engine takes parameters as they are
         put_on_grid(model, grid, recipe.qat.layers)
     return model, engine
-
-
-def rows_held(recipe: Recipe) -> RowFormat | None:
-    """How frozen experts are held, where not as weights."""
-    if not recipe.adapter.has_codes:
-        return None
-    return RowFormat(GridKind(recipe.adapter.base), DTYPES[recipe.train.precision].itemsize)
 
 
 def _zero(recipe: Recipe, plan: Plan, world: int) -> int:
@@ -246,8 +238,7 @@ def _initial_weights(
     shapes = {name: tuple(tensor.shape) for name, tensor in wanted.items()}
     check_shapes(opened.weights, shapes, Path(recipe.train.init_from))
     say(f"starting from the weights in {recipe.train.init_from}")
-
-    held = rows_held(recipe)
+    held = rows_held(recipe.adapter, DTYPES[recipe.train.precision].itemsize)
 
     def initial(name: str, shape: torch.Size) -> Tensor:
         if held is not None and EXPERTS.fullmatch(name):

@@ -21,10 +21,11 @@ from ptm.engine.config import EngineConfig, MomentsKind
 from ptm.model.config import ModelConfig
 from ptm.model.lora_config import ALL_WEIGHTS, AdapterConfig
 from ptm.planner.hardware import Hardware, detect, load
-from ptm.planner.job import Job
+from ptm.planner.job import Job, rows_held
 from ptm.planner.price import plan_of, price
 from ptm.planner.probe import with_speed
 from ptm.planner.search import Change, changes
+from ptm.quant.rows import LEAST_GROUP
 
 
 class TrainSection(Protocol):
@@ -118,6 +119,7 @@ def settle(
     may_measure: bool = False,
 ) -> tuple[Job, Hardware]:
     """The job and the machine of a plan, with the machine's speed where that is known."""
+    _check_codes(model, adapter)
     machine = _machine(ranks, hardware, folders, engine)
     wanted = job_of(
         *(model, train, engine, checkpoint, adapter),
@@ -129,6 +131,20 @@ def settle(
     if hardware is None:
         machine = with_speed(machine, wanted, may_measure=may_measure, ssd_path=_path(engine))
     return wanted, machine
+
+
+def _check_codes(model: ModelConfig, adapter: AdapterConfig) -> None:
+    """Raise RecipeError where rows of experts cannot be held as codes."""
+    if (held := rows_held(adapter, 2)) is None:
+        return
+    for key in ("hidden_size", "moe_intermediate_size"):
+        inputs = getattr(model, key)
+        if (group := held.group(inputs)) < LEAST_GROUP:
+            rule = (
+                f"has groups of {LEAST_GROUP} inputs at least, and model.{key}={inputs} of {group}"
+            )
+            remedy = f"set that to a multiple of {LEAST_GROUP}, or leave adapter.base out"
+            raise RecipeError(line("adapter.base", adapter.base, rule, remedy))
 
 
 def _machine(

@@ -119,5 +119,10 @@ def _parts(
 def _one_layer(model: ModelConfig, adapter: AdapterConfig, weight_bytes: int) -> list[Named]:
     made = Transformer(model, device="meta")
     add_adapter(made, adapter)
-    held = RowFormat(GridKind(adapter.base), weight_bytes) if adapter.has_codes else None
+    held = rows_held(adapter, weight_bytes)
     return [Named.of(name, parameter, held) for name, parameter in made.named_parameters()]
+
+
+def rows_held(adapter: AdapterConfig, weight_bytes: int) -> RowFormat | None:
+    """How frozen experts are held, where not as weights; an element of pages has weight_bytes."""
+    return RowFormat(GridKind(adapter.base), weight_bytes) if adapter.has_codes else None

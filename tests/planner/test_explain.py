@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 from ptm.common.env import Ranks
-from ptm.common.errors import PlanError
+from ptm.common.errors import PlanError, RecipeError
 from ptm.common.units import GIB, MIB
 from ptm.engine.config import EngineConfig
 from ptm.model.config import ModelConfig, Scale, num_parameters
+from ptm.model.lora_config import AdapterConfig, AdapterKind, Base
 from ptm.planner.explain import plan_run, refusal
 from ptm.planner.hardware import Hardware
 from ptm.planner.job import Job
@@ -184,6 +185,23 @@ def test_other_sizes_are_read_only_for_a_refusal() -> None:
         others=others(),
     )
     assert plan.fits and "fits" in plan.text() and "946,816 parameters" in plan.text()
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "moe_intermediate_size"])
+def test_experts_that_no_group_divides_are_refused_before_a_run(key: str) -> None:
+    model = dataclasses.replace(DEBUG, num_attention_heads=1, **{key: 72})
+    rule = rf"adapter.base=int4: has groups of 16 inputs at least, and model.{key}=72 of 8; set"
+    with pytest.raises(RecipeError, match=rule):
+        plan_run(
+            model,
+            Train(seq_len=128, batch_tokens=1024),
+            EngineConfig(),
+            Checkpoint(),
+            AdapterConfig(kind=AdapterKind.lora, base=Base.int4),
+            ranks=Ranks(0, 1, 0, 1),
+            hardware="h100-8",
+            folders=[HARDWARE],
+        )
 
 
 def test_plan_text_is_plain_and_complete() -> None:

@@ -20,8 +20,7 @@ from ptm.model.config import ModelConfig, RouterKind, Scale
 from ptm.model.lora_config import ALL_WEIGHTS, AdapterConfig, AdapterKind, Base
 from ptm.planner import states
 from ptm.planner.activations import activations
-from ptm.planner.job import Job
-from ptm.quant.grid import GridKind
+from ptm.planner.job import Job, rows_held
 from ptm.quant.rows import RowFormat
 from ptm.trainer.objectives import Loss, PairBatch, preferring, pretrain
 from ptm.trainer.policy_config import DpoConfig
@@ -98,8 +97,7 @@ def make(job: Job, mesh: Mesh) -> PagedEngine:
     config = EngineConfig(
         page_mib=job.page_bytes // 2**20, ep=job.ep, moments=moments, chunks=job.chunks
     )
-    codes = job.adapter.has_codes
-    held = RowFormat(GridKind(job.adapter.base), job.compute_bytes) if codes else None
+    held = rows_held(job.adapter, job.compute_bytes)
     return make_engine(
         mesh,
         zero=job.zero,
