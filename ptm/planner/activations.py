@@ -181,7 +181,7 @@ def _has_attention_kernel(job: Job) -> bool:
     return job.device == "cpu" and job.compute_bytes == 2 and fits
 
 
-def _has_kernel(job: Job) -> bool:
+def has_kernel(job: Job) -> bool:
     """Whether the op of ptm/kernels/moe_mlp.py serves: rows unpadded, read where they are."""
     m = job.model
     return (
@@ -194,19 +194,19 @@ def _has_kernel(job: Job) -> bool:
 def puts_in_place(job: Job) -> bool:
     """Whether a kernel puts the gradients of experts where they are summed (ptm/kernels/sink.py);
     it cannot those of weights that are computed."""
-    return _has_kernel(job) and not _is_frozen(job)
+    return has_kernel(job) and not _is_frozen(job)
 
 
 def _rows(job: Job) -> int:
     routed = job.micro_rows * job.seq_len * job.model.num_experts_per_tok
-    return routed if _has_kernel(job) else grouped_rows(routed, job.model.num_experts // job.ep)
+    return routed if has_kernel(job) else grouped_rows(routed, job.model.num_experts // job.ep)
 
 
 def _expert_rows(job: Job) -> int:
     m, c = job.model, job.compute_bytes
     # On CUDA autograd keeps the activation and the product too.
     hidden = (4 if job.device == "cuda" else 2) * m.moe_intermediate_size
-    moved = 0 if _has_kernel(job) and job.ep == 1 else 2 * m.hidden_size
+    moved = 0 if has_kernel(job) and job.ep == 1 else 2 * m.hidden_size
     return _rows(job) * c * (moved + hidden)
 
 
@@ -221,7 +221,7 @@ def _experts_backward(job: Job) -> int:
     in_place = puts_in_place(job)
     weights, saved = 0 if in_place else 3 * E * F * D * c, saved_by_layer(job)
     widened = 0 if in_place else _widened(job, 2 * E * F * D)
-    if _has_kernel(job) and job.ep == 1:
+    if has_kernel(job) and job.ep == 1:
         tokens = 2 * T * D * c  # gradients of the block's rows and of the experts' input
         products = saved + tokens + R * D * c + weights
         sums = saved - _expert_rows(job) + tokens + weights + widened

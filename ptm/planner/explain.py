@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from ptm.common.env import Ranks
+from ptm.common.env import Ranks, collectives
 from ptm.common.errors import PlanError, RecipeError, line
 from ptm.common.plan import Plan
 from ptm.common.units import format_bytes, parse_bytes
@@ -96,6 +96,7 @@ def plan_run(
                     frozen_copy=frozen_copy,
                     ranks=ranks.world,
                     device=machine.device,
+                    ranks_per_node=machine.ranks_per_node,
                 ),
             )
             for words, m, t in others
@@ -127,6 +128,7 @@ def settle(
         frozen_copy=frozen_copy,
         ranks=ranks.world,
         device=machine.device,
+        ranks_per_node=machine.ranks_per_node,
     )
     if hardware is None:
         machine = with_speed(machine, wanted, may_measure=may_measure, ssd_path=_path(engine))
@@ -170,6 +172,7 @@ def job_of(
     frozen_copy: str = "",
     ranks: int,
     device: str,
+    ranks_per_node: int = 1,
 ) -> Job:
     """What the planner needs of the sections. Raises RecipeError for an ep that divides nothing."""
     if ranks % engine.ep or model.num_experts % engine.ep:
@@ -181,6 +184,7 @@ def job_of(
         value = getattr(engine, key)
         return None if value is None else parse_bytes(value, key=f"engine.{key}")
 
+    shares = device == "cpu" and collectives() == "memory"
     return Job(
         model=model,
         ranks=ranks,
@@ -204,6 +208,7 @@ def job_of(
         journal_every=engine.journal_every,
         adapter=adapter,
         has_log_probs=has_log_probs,
+        shared_ranks=ranks_per_node if shares else 0,
         frozen_copy=frozen_copy,
     )
 

@@ -15,10 +15,12 @@ from typing import NamedTuple
 from ptm.common.plan import Need, Tier
 from ptm.common.units import KIB, MIB, format_bytes
 from ptm.engine.layout import PageMap
+from ptm.kernels.moe_ep_mlp import rows_for, window_bytes
 from ptm.kernels.permute import ALIGN
+from ptm.kernels.shm import ROOM_BYTES
 from ptm.model.config import num_parameters
 from ptm.planner import states
-from ptm.planner.activations import FP32, INT64, activations
+from ptm.planner.activations import FP32, INT64, activations, has_kernel
 from ptm.planner.hardware import Hardware
 from ptm.planner.job import Job
 from ptm.planner.step_time import Placed
@@ -184,4 +186,17 @@ def buffers(job: Job) -> dict[str, int]:
         "heap": is_cpu * min(MOST_HEAP_BYTES, HEAP_BYTES + activations(job)),
         "update": states.UPDATE_BYTES,
         "batches": batches,
+        **shared(job),
     }
+
+
+def shared(job: Job) -> dict[str, int]:
+    """This rank's part of what ranks of a machine share: rings of each axis, and the windows of
+    its tokens for experts elsewhere."""
+    m, per_node = job.model, job.shared_ranks
+    is_one = 1 < job.ranks <= per_node
+    has_ep = job.ep > 1 and per_node > 0 and (is_one or per_node % job.ep == 0)
+    axes = (3 if 1 < job.ep < job.ranks else 1) if is_one else has_ep
+    rows = rows_for(job.micro_tokens) if has_ep and has_kernel(job) else 0
+    windows = window_bytes(1, rows, m.num_experts_per_tok, m.hidden_size)
+    return {"rings": 2 * ROOM_BYTES * axes, "windows": windows}

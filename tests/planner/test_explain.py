@@ -15,11 +15,13 @@ from ptm.common.env import Ranks
 from ptm.common.errors import PlanError, RecipeError
 from ptm.common.units import GIB, MIB
 from ptm.engine.config import EngineConfig
+from ptm.kernels.shm import ROOM_BYTES
 from ptm.model.config import ModelConfig, Scale, num_parameters
 from ptm.model.lora_config import AdapterConfig, AdapterKind, Base
-from ptm.planner.explain import plan_run, refusal
+from ptm.planner.explain import job_of, plan_run, refusal
 from ptm.planner.hardware import Hardware
 from ptm.planner.job import Job
+from ptm.planner.memory import buffers
 from ptm.planner.price import plan_of
 from ptm.planner.search import changes
 
@@ -202,6 +204,21 @@ def test_experts_that_no_group_divides_are_refused_before_a_run(key: str) -> Non
             hardware="h100-8",
             folders=[HARDWARE],
         )
+
+
+@pytest.mark.parametrize("ranks, ep, axes", [(2, 1, 1), (2, 2, 1), (4, 2, 3), (8, 2, 1), (8, 1, 0)])
+def test_what_ranks_of_a_machine_share_is_told(
+    ranks: int, ep: int, axes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PTM_COLLECTIVES", "memory")
+    job = job_of(
+        *(DEBUG, Train(seq_len=128, batch_tokens=8192), EngineConfig(ep=ep), Checkpoint()),
+        ranks=ranks, device="cpu", ranks_per_node=4,
+    )  # fmt: skip
+    assert buffers(job)["rings"] == 2 * axes * ROOM_BYTES
+    assert ("rings" in plan_of(job, machine(80, ranks_per_node=4)).text()) == (axes > 0)
+    alone = dataclasses.replace(job, shared_ranks=0)
+    assert buffers(alone)["rings"] == buffers(alone)["windows"] == 0
 
 
 def test_plan_text_is_plain_and_complete() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -15,17 +16,21 @@ from torch import Tensor, nn
 from ptm.engine.config import EngineConfig, MomentsKind
 from ptm.engine.engine import PagedEngine
 from ptm.kernels import loss as loss_kernel
-from ptm.mesh.mesh import Mesh
+from ptm.kernels.shm import make_port
+from ptm.mesh.mesh import Mesh, share_groups
+from ptm.mesh.shared import port_of
 from ptm.model.config import ModelConfig, RouterKind, Scale
 from ptm.model.lora_config import ALL_WEIGHTS, AdapterConfig, AdapterKind, Base
 from ptm.planner import states
 from ptm.planner.activations import activations
 from ptm.planner.job import Job, rows_held
+from ptm.planner.memory import shared
 from ptm.quant.rows import RowFormat
 from ptm.trainer.objectives import Loss, PairBatch, preferring, pretrain
 from ptm.trainer.policy_config import DpoConfig
 from tests.support.allocator import count_bytes
 from tests.support.mesh import mesh_of_test
+from tests.support.native import needs_library
 from tests.support.paged import make_engine
 from tests.support.ranks import run_ranks
 
@@ -300,3 +305,29 @@ def test_plan_equals_reality_on_ranks(size: str, ranks: int, ep: int, zero: int)
     planned = predict(job)["states"]
     found = [size for rank in run_ranks(ranks, measure_rank, job) for size in rank]
     assert planned == pytest.approx(max(found), rel=0.001)
+
+
+def shared_by_rank(rank: int, world: int, job: Job) -> tuple[int, int]:
+    """Bytes of this rank's rings, and of its part of the windows."""
+    os.environ["PTM_COLLECTIVES"] = "memory"
+    mesh = mesh_of_test(rank, world, job.ep)
+    share_groups(mesh, make_port, 60.0)
+    engine = make(job, mesh)
+    train(engine, job, 1)
+    (of_layers,) = {m.dispatcher for m in engine.model.modules() if hasattr(m, "dispatcher")}
+    windows = of_layers.windows
+    ports = [port_of(group) for group in mesh.groups()]
+    rings = sum(port._file.size for port in ports)  # type: ignore[union-attr]
+    parts = (windows.x_MD, windows.rows_ND, windows.ids_WS)
+    engine.close()
+    mesh.close()
+    return rings, sum(part.nbytes for part in parts) // job.ep
+
+
+@needs_library
+@pytest.mark.parametrize("size, ranks", [("layers", 2), ("top4", 4)])
+def test_what_ranks_of_a_machine_share(size: str, ranks: int) -> None:
+    job = make_job(size, "bf16", "none", ranks=ranks, ep=2, zero=3, shared_ranks=ranks)
+    for rings, windows in run_ranks(ranks, shared_by_rank, job):
+        assert shared(job)["rings"] == pytest.approx(rings, rel=0.001)
+        assert shared(job)["windows"] == windows > 0
