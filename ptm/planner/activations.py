@@ -105,7 +105,7 @@ def saved_by_layer(job: Job) -> int:
     """What one layer keeps for its backward, in the order of the forward."""
     m, c, T = job.model, job.compute_bytes, job.micro_rows * job.seq_len
     D, P, E, A = m.hidden_size, m.attention_projection_size, m.num_experts, m.num_experts_per_tok
-    keeps_result = _has_attention_kernel(job) or _trains(job, "o")
+    keeps_result = _has_attention_kernel(job) or _prefix(job) or _trains(job, "o")
     attention = 3 * P + (P if keeps_result else 0)  # queries, keys, values, result
     moe_input = D + (D if _trains(job, "experts") else 0)  # residual, normed
     rows = T * c * (attention + moe_input)
@@ -147,6 +147,11 @@ def _roles(job: Job) -> tuple[str, ...]:
     return job.adapter.targets if job.adapter.kind is AdapterKind.lora else ()
 
 
+def _prefix(job: Job) -> int:
+    """Keys that every query sees besides its own row's."""
+    return job.adapter.prompt_tokens if job.adapter.kind is AdapterKind.prefix else 0
+
+
 def _changed_weights(job: Job) -> int:
     """Of one layer: the weights in use, W + change."""
     if not _is_frozen(job):
@@ -167,6 +172,10 @@ def _kept_scores(job: Job) -> int:
     L, block = job.seq_len, attention_kernel.BLOCK
     if _has_attention_kernel(job):
         return job.micro_rows * job.model.num_attention_heads * L * FP32
+    if n := _prefix(job):  # of torch's kernel as many, the mask as numbers, copies of the prefix
+        m, c = job.model, job.compute_bytes
+        copies = 2 * n * m.attention_projection_size * c
+        return job.micro_rows * (L * (m.num_attention_heads * FP32 + (L + n) * c) + copies)
     if job.device != "cpu" or attention_kernel.KEPT_LENGTH < L:
         return 0
     scores = sum(
@@ -242,7 +251,11 @@ def _attention_backward(job: Job) -> int:
     masks = min(attention_kernel.BLOCK, job.seq_len) * job.seq_len * (c + 1)
     held = (6 if kept else 10) if _is_widened(job) else (3 if kept else 5)
     blocks = held * block + masks if job.device == "cpu" else 0
-    if _has_attention_kernel(job):
+    if n := _prefix(job):
+        # Beside the kernel in fp32: gradients of the result, of q by both parts, their sum; scores.
+        wide = FP32 * (4 * P + 2 * m.num_attention_heads * n)
+        blocks = T * (P * c + wide if _has_attention_kernel(job) else 2 * P * c)
+    elif _has_attention_kernel(job):
         blocks = T * P * c  # gradients of q and k before and after their rotation, and of v
     return _filter(job) + T * c * 3 * P + kept + T * c * (2 * D + 4 * P) + blocks
 

@@ -274,6 +274,27 @@ def test_soft_tokens_beside_frozen_weights(mesh: Mesh, size: str, recompute: str
     assert total(planned) == pytest.approx(total(found), rel=0.05)
 
 
+PREFIX_CASES = [
+    ("debug", "bf16", "none", 8),
+    ("heads", "bf16", "block", 64),
+    ("long", "bf16", "none", 20),
+    ("heads", "fp32", "none", 20),
+    ("long", "fp32", "block", 20),
+]
+
+
+@needs_library
+@pytest.mark.parametrize("size, precision, recompute, tokens", PREFIX_CASES)
+def test_a_prefix_beside_frozen_weights(
+    mesh: Mesh, size: str, precision: str, recompute: str, tokens: int
+) -> None:
+    adapter = AdapterConfig(kind=AdapterKind.prefix, prompt_tokens=tokens)
+    job = make_job(size, precision, recompute, adapter=adapter)
+    planned, found = predict(job), measure(job, mesh)
+    assert planned["states"] == pytest.approx(found["states"], rel=0.005)
+    assert total(planned) == pytest.approx(total(found), rel=0.05)
+
+
 def measure_rank(rank: int, world: int, job: Job) -> tuple[int, int]:
     """Bytes of all tensors alive after set-up and after a step.
 
