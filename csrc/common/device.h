@@ -8,6 +8,19 @@
 // Inside a body: thread_id(), block_id(), lane(), warp_id(); sync_block() for all threads of a
 // block, sync_warp() for the 32 of a warp; shared_memory(); warp_sum and the like, which all 32
 // lanes call and whose result all have; block_sum. No thread may leave before the last barrier.
+// For tensor cores (tile.h has products made of them):
+//
+//   copy_async(to, from, is_there)   16 bytes to shared memory, zeros where there are none. Until
+//                                    wait_copies they may or may not be there
+//   commit_copies(), wait_copies<N>()   a thread's copies so far are a group; all but its last N
+//                                    groups are there. For other threads' copies a barrier follows
+//   load_matrices<IS_TURNED>(to, row)   four 8 x 8 matrices of bf16: lanes 8 i to 8 i + 7 name rows
+//                                    of the i-th; lane l gets of row l / 4 two from 2 (l % 4) on,
+//                                    IS_TURNED: of column l / 4
+//   multiply_16x8x16(d, a, b)        d (16, 8) += a (16, 16) b (16, 8), in fp32. Of d and a a lane
+//                                    has rows l / 4 and that + 8, of b column l / 4, of the other
+//                                    side two from 2 (l % 4) on, and of a and b those + 8
+//
 // Blocks share nothing and come in any order: a sum over them is a second launch in fixed order, so
 // results never depend on timing.
 #pragma once

@@ -3,7 +3,8 @@
 // The threads of a block are fibers that run in turn, each up to its next barrier; what a warp
 // exchanges goes through a barrier of its 32 fibers. The last argument of an op, a stream on a GPU,
 // is the number of the order in which threads and blocks take their turns: a kernel that lacks a
-// barrier gives other bits in another order. A barrier that not all threads reach is PTM_TIMEOUT.
+// barrier gives other bits in another order. A barrier that not all threads reach is PTM_TIMEOUT, and
+// so is one where lanes bring different things. Asynchronous copies come when they are waited for.
 #pragma once
 
 #include <math.h>
@@ -22,14 +23,24 @@ namespace PTM_NAMESPACE {
 
 constexpr int WARP = 32;
 constexpr size_t STACK = 1 << 16;
+constexpr int ROOM = 3;  // doubles that a lane may bring at once
 
 struct Barrier {
   int arrived = 0;
+  size_t size = 0;  // of what those who have arrived bring
   int64_t generation = 0;
+};
+
+struct Copy {
+  void* to;
+  const void* from;  // nullptr: zeros
+  int group;
 };
 
 struct Fiber {
   jmp_buf at;
+  std::vector<Copy> copies;  // under way
+  int groups;
   std::unique_ptr<char[]> stack;
   bool is_started, is_done;
   int turn;  // which of the two rooms of its warp is next
@@ -38,13 +49,13 @@ struct Fiber {
 struct Block {
   std::vector<Fiber> fibers;
   std::vector<Barrier> warps;
-  std::vector<double> rooms;  // two for each warp, 32 wide: a lane writes one again two barriers on
+  std::vector<double> rooms;  // two for each warp: a lane writes one again two barriers on
   Barrier all;
   jmp_buf scheduler;
   std::unique_ptr<char[]> shared;
   void (*body)(const void*);
   const void* arguments;
-  int64_t id, progress;
+  int64_t id, progress, shared_bytes;
   int threads, now;
   bool is_failed;
 };
@@ -63,31 +74,38 @@ PTM_BODY T* shared_memory() {
   return reinterpret_cast<T*>(here()->shared.get());
 }
 
-__attribute__((noinline)) inline void wait_at(Barrier& barrier, int count) {
+PTM_BODY void give_way() {
+  if (_setjmp(here()->fibers[here()->now].at) == 0) _longjmp(here()->scheduler, 1);
+}
+
+// Whoever brings something else than the others waits for good.
+__attribute__((noinline)) inline void wait_at(Barrier& barrier, int count, size_t size) {
+  while (barrier.arrived > 0 && barrier.size != size) give_way();
   const int64_t mine = barrier.generation;
+  barrier.size = size;
   if (++barrier.arrived == count) {
     barrier.arrived = 0;
     barrier.generation++;
     here()->progress++;
     return;
   }
-  while (barrier.generation == mine)
-    if (_setjmp(here()->fibers[here()->now].at) == 0) _longjmp(here()->scheduler, 1);
+  while (barrier.generation == mine) give_way();
 }
 
-PTM_BODY void sync_block() { wait_at(here()->all, here()->threads); }
-PTM_BODY void sync_warp() { wait_at(here()->warps[thread_id() / WARP], WARP); }
+PTM_BODY void sync_block() { wait_at(here()->all, here()->threads, 0); }
+PTM_BODY void sync_warp_with(size_t size) { wait_at(here()->warps[thread_id() / WARP], WARP, size); }
+PTM_BODY void sync_warp() { sync_warp_with(0); }
 
 // What each of the 32 lanes brings.
 template <class T>
 PTM_BODY const T* exchanged(T x) {
-  static_assert(sizeof(T) <= sizeof(double), "a room has doubles");
+  static_assert(sizeof(T) <= ROOM * sizeof(double), "a room has that much for a lane");
   Fiber& fiber = here()->fibers[thread_id()];
   const int room = 2 * (thread_id() / WARP) + fiber.turn;
   fiber.turn ^= 1;
-  T* all = reinterpret_cast<T*>(here()->rooms.data() + room * WARP);
+  T* all = reinterpret_cast<T*>(here()->rooms.data() + room * WARP * ROOM);
   memcpy((void*)(all + thread_id() % WARP), &x, sizeof(T));
-  sync_warp();
+  sync_warp_with(sizeof(T));
   return all;
 }
 
@@ -162,6 +180,70 @@ PTM_BODY float from_half(uint16_t h) {
   return x;
 }
 
+// Whether 16 bytes may be moved there at once.
+PTM_BODY bool in_shared(const void* at) {
+  const int64_t offset = static_cast<const char*>(at) - here()->shared.get();
+  return offset >= 0 && offset + 16 <= here()->shared_bytes && (uintptr_t(at) & 15) == 0;
+}
+// NaN until it is waited for, as whatever was there may be gone.
+PTM_BODY void copy_async(void* to, const void* from, bool is_there) {
+  if (!in_shared(to) || (is_there && (uintptr_t(from) & 15))) return fail();
+  Fiber& fiber = here()->fibers[thread_id()];
+  memset(to, 0xff, 16);
+  fiber.copies.push_back({to, is_there ? from : nullptr, fiber.groups});
+}
+PTM_BODY void commit_copies() { here()->fibers[thread_id()].groups++; }
+template <int N>
+PTM_BODY void wait_copies() {
+  Fiber& fiber = here()->fibers[thread_id()];
+  size_t left = 0;
+  for (const Copy& copy : fiber.copies) {
+    if (copy.group >= fiber.groups - N)
+      fiber.copies[left++] = copy;
+    else if (copy.from)
+      memcpy(copy.to, copy.from, 16);
+    else
+      memset(copy.to, 0, 16);
+  }
+  fiber.copies.resize(left);
+}
+
+template <bool IS_TURNED>
+PTM_BODY void load_matrices(uint32_t (&to)[4], const void* row) {
+  if (!in_shared(row)) fail(), row = here()->shared.get();
+  const void* const* rows = exchanged(row);
+  const int side = thread_id() % WARP / 4, first = thread_id() % 4 * 2;
+  for (int i = 0; i < 4; i++) {
+    const void* const* matrix = rows + 8 * i;
+    auto at = [&](int r, int c) { return static_cast<const uint16_t*>(matrix[r])[c]; };
+    const uint16_t low = IS_TURNED ? at(first, side) : at(side, first);
+    const uint16_t high = IS_TURNED ? at(first + 1, side) : at(side, first + 1);
+    to[i] = low | uint32_t(high) << 16;
+  }
+}
+PTM_BODY void multiply_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  struct Both {
+    uint32_t a[4], b[2];
+  } mine;
+  memcpy(mine.a, a, sizeof a);
+  memcpy(mine.b, b, sizeof b);
+  const Both* all = exchanged(mine);
+  const int side = thread_id() % WARP / 4, first = thread_id() % 4 * 2;
+  auto number = [](uint32_t pair, int half) {
+    return to_float(bf16{uint16_t(half ? pair >> 16 : pair)});
+  };
+  for (int i = 0; i < 4; i++) {  // row side, + 8 from i = 2 on; column first + i % 2
+    const Both *of_row = all + 4 * side, *of_column = all + 4 * (first + i % 2);
+    float sum = 0;
+    for (int k = 0; k < 16; k++) {
+      const int lane = k % 8 / 2, right = k / 8;
+      sum += number(of_row[lane].a[i / 2 + 2 * right], k % 2) *
+             number(of_column[lane].b[right], k % 2);
+    }
+    d[i] += sum;
+  }
+}
+
 inline void first_turn() {
   Block* block = here();
   block->body(block->arguments);
@@ -192,7 +274,11 @@ inline int64_t in_order(int64_t i, int64_t n, int64_t order) {
 }
 
 inline bool run_block(Block& block, int64_t order) {
-  for (Fiber& fiber : block.fibers) fiber.is_started = fiber.is_done = false, fiber.turn = 0;
+  for (Fiber& fiber : block.fibers) {
+    fiber.is_started = fiber.is_done = false;
+    fiber.turn = fiber.groups = 0;
+    fiber.copies.clear();
+  }
   for (bool is_left = true; is_left;) {
     const int64_t before = block.progress;
     is_left = false;
@@ -216,8 +302,9 @@ int launch(const Body& body, int64_t blocks, int64_t shared_bytes, void* stream)
   block.fibers.resize(size_t(block.threads));
   for (Fiber& fiber : block.fibers) fiber.stack.reset(new char[STACK]);
   block.warps.resize(size_t(block.threads / WARP));
-  block.rooms.resize(size_t(2 * block.threads));
+  block.rooms.resize(size_t(2 * block.threads * ROOM));
   block.shared.reset(new char[size_t(shared_bytes) + 16]);
+  block.shared_bytes = shared_bytes;
   block.body = [](const void* arguments) { (*static_cast<const Body*>(arguments))(); };
   block.arguments = &body;
   here() = &block;

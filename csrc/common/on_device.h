@@ -75,6 +75,38 @@ PTM_BODY float from_half(uint16_t x) {
   return wide;
 }
 
+PTM_BODY uint32_t shared_address(const void* at) { return uint32_t(__cvta_generic_to_shared(at)); }
+PTM_BODY void copy_async(void* to, const void* from, bool is_there) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+               :
+               : "r"(shared_address(to)), "l"(from), "r"(is_there ? 16 : 0)
+               : "memory");
+}
+PTM_BODY void commit_copies() { asm volatile("cp.async.commit_group;" : : : "memory"); }
+template <int N>
+PTM_BODY void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" : : "n"(N) : "memory");
+}
+template <bool IS_TURNED>
+PTM_BODY void load_matrices(uint32_t (&to)[4], const void* row) {
+  if constexpr (IS_TURNED)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+  else
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+}
+PTM_BODY void multiply_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
 template <class Body>
 __global__ void __launch_bounds__(Body::THREADS) run(const Body body) {
   body();
