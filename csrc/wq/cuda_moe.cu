@@ -7,51 +7,18 @@
 //   outer     its product with w2, in fp32, by token and slot
 //   combine   each token's, weighted and added up in the order of its slots
 //
-// A tile is up to four rows of one expert. How many there are only the device knows, and for what
-// there can be at most blocks are launched; a block finds the expert of its tile from the plan.
+// A tile is up to four rows of one expert, which a block finds in the plan (csrc/moe_plan/tiles.h).
 #include "../moe_plan/plan.h"
+#include "../moe_plan/tiles.h"
 #include "few.h"
 
 namespace PTM_NAMESPACE {
-
-struct Tiles {
-  const int64_t *order, *starts;  // of the plan: rows, and where an expert's begin
-  int64_t E;
-
-  static int64_t most(int64_t rows, int64_t E) {
-    const int64_t used = rows < E ? rows : E;
-    return (rows + used * (ROWS - 1)) / ROWS;
-  }
-
-  // Whether there is such a tile; then its expert, its first row's place and how many it has.
-  PTM_BODY bool find(int64_t tile, int64_t& expert, int64_t& first, int& count) const {
-    for (int64_t base = 0; base < E; base += 32) {
-      const int64_t e = base + lane();
-      const int here = e < E ? int((starts[e + 1] - starts[e] + ROWS - 1) / ROWS) : 0;
-      const int all = warp_sum(here);
-      if (tile >= all) {
-        tile -= all;
-        continue;
-      }
-      expert = base;
-      for (int of = from_lane(here, 0); tile >= of; of = from_lane(here, int(expert - base))) {
-        tile -= of;
-        expert++;
-      }
-      first = starts[expert] + tile * ROWS;
-      const int64_t left = starts[expert + 1] - first;
-      count = int(left < ROWS ? left : ROWS);
-      return true;
-    }
-    return false;
-  }
-};
 
 template <class T, int BITS>
 struct Inner {
   using Panel = Few<T, BITS>;
   static constexpr int THREADS = Panel::THREADS;
-  Tiles tiles;
+  Tiles<ROWS> tiles;
   Weights w;  // w1, of each expert (2 F, D)
   const T* x;
   T* inner;
@@ -93,7 +60,7 @@ template <class T, int BITS>
 struct Outer {
   using Panel = Few<T, BITS>;
   static constexpr int THREADS = Panel::THREADS;
-  Tiles tiles;
+  Tiles<ROWS> tiles;
   Weights w;  // w2, of each expert (D, F)
   const T* inner;
   float* parts;  // (tokens, A, D)
@@ -119,28 +86,6 @@ struct Outer {
   }
 };
 
-// y[t] = sum over a of weight[t, a] parts[t, a]
-template <class T, int N>
-struct Combine {
-  static constexpr int THREADS = 256;
-  const float *parts, *weights;
-  T* y;
-  int64_t tokens, A, D;
-
-  PTM_BODY void operator()() const {
-    const int64_t i = (block_id() * THREADS + thread_id()) * N, t = i / D, d = i % D;
-    if (t >= tokens) return;
-    float total[N] = {}, part[N];
-    for (int64_t a = t * A; a < (t + 1) * A; a++) {
-      const float weight = weights[a];
-      load<N>(parts + a * D + d, part);
-#pragma unroll
-      for (int j = 0; j < N; j++) total[j] += weight * part[j];
-    }
-    store<N>(y + i, total);
-  }
-};
-
 struct Sizes {
   int64_t tokens, A, E, D, F;
 };
@@ -148,14 +93,14 @@ struct Sizes {
 template <class T, int BITS>
 int moe(const Sizes& of, const T* x, const int64_t* ids, const float* weights, const Weights& w1,
         const Weights& w2, T* y, void* stream) {
-  const int64_t rows = of.tokens * of.A, most = Tiles::most(rows, of.E);
+  const int64_t rows = of.tokens * of.A, most = Tiles<ROWS>::most(rows, of.E);
   DeviceScratch<int64_t> order(rows, stream), starts(of.E + 1, stream);
   DeviceScratch<T> inner(rows * of.F, stream);
   DeviceScratch<float> parts(rows * of.D, stream);
   if (!order.data || !starts.data || !inner.data || !parts.data) return PTM_NO_MEMORY;
   int status = plan(ids, order.data, starts.data, rows, of.E, stream);
   if (status) return status;
-  const Tiles tiles{order.data, starts.data, of.E};
+  const Tiles<ROWS> tiles{order.data, starts.data, of.E};
   const int64_t shared = int64_t(sizeof(float)) * (Few<T, BITS>::SHARED + 3 * ROWS * PANEL);
   status = launch(
       Inner<T, BITS>{tiles, w1, x, inner.data, of.A, of.F, Inputs<T>(x, of.D)},
@@ -165,11 +110,7 @@ int moe(const Sizes& of, const T* x, const int64_t* ids, const float* weights, c
       Outer<T, BITS>{tiles, w2, inner.data, parts.data, Inputs<T>(inner.data, of.F)},
       most * w2.panels(), shared, stream);
   if (status) return status;
-  return by_width<T>(of.D, aligned16(y), [&](auto width) {
-    using Body = Combine<T, decltype(width)::N>;
-    return launch(Body{parts.data, weights, y, of.tokens, of.A, of.D},
-                  divided_up(of.tokens * of.D, Body::THREADS * width.N), 0, stream);
-  });
+  return combine(parts.data, weights, y, of.tokens, of.A, of.D, stream);
 }
 
 }  // namespace PTM_NAMESPACE

@@ -3,10 +3,10 @@
     y_t = sum over a of weights_ta (silu(x_t G_e^T) * (x_t U_e^T)) W2_e^T,  e = ids_ta, w1 = [G ; U]
 
 Rows are gathered, multiplied, weighted and added up without a padded row outside of the op. The
-kernel (csrc/moe_mlp: bf16, D and F multiples of 32) keeps the rows of the first product for the
-backward, without padding, and nothing else: the router's weights get their gradient from
-<dy W2, h>, so what an expert returned is never needed again (SonicMoE, arXiv 2512.14080). Other
-types and sizes, and other devices, take the reference: rows moved to aligned groups (permute.py),
+kernel (csrc/moe_mlp: bf16, D and F multiples of 32, on a GPU up to 512 experts) keeps the rows of
+the first product for the backward, without padding, and nothing else: the router's weights get
+their gradient from <dy W2, h>, so what an expert returned is never needed again (SonicMoE, arXiv
+2512.14080). Other types and sizes take the reference: rows moved to aligned groups (permute.py),
 experts one after another or torch's grouped GEMM (grouped_gemm.py), rows added up.
 
 A step of autograd that has rows of its own (ptm/parallel/expert.py) calls `forward_rows` and
@@ -27,6 +27,8 @@ from ptm.kernels.permute import aligned, combine, grouped_rows, permute, slots
 from ptm.kernels.sink import put, rooms_of, sinks_of
 
 native.declare("moe_plan", "moe_mlp")
+
+CUDA_EXPERTS = 512  # MAX_E of csrc/moe_plan/plan.h
 
 
 def moe_mlp(
@@ -177,11 +179,16 @@ def puts_gradients(x_QD: Tensor, w1_EGD: Tensor, w2_EDF: Tensor) -> bool:
 
 def fits(dtype: torch.dtype, D: int, F: int) -> bool:
     """Whether the kernel serves experts of these sizes on the CPU."""
-    return dtype is torch.bfloat16 and D % 32 == 0 and F % 32 == 0 and native.has("moe_mlp")
+    return _takes(dtype, D, F) and native.has("moe_mlp")
+
+
+def _takes(dtype: torch.dtype, D: int, F: int) -> bool:
+    return dtype is torch.bfloat16 and D % 32 == 0 and F % 32 == 0
 
 
 def _serves(x: Tensor, w1: Tensor, w2: Tensor) -> bool:
-    return fits(x.dtype, *w2.shape[1:]) and native.serves("moe_mlp", x, w1, w2)
+    has_plan = x.device.type == "cpu" or len(w1) <= CUDA_EXPERTS
+    return has_plan and _takes(x.dtype, *w2.shape[1:]) and native.serves("moe_mlp", x, w1, w2)
 
 
 torch.library.define("ptm::moe_plan", "(Tensor ids, SymInt num_experts) -> (Tensor, Tensor)")
@@ -209,7 +216,7 @@ def _plan_like(ids: Tensor, num_experts: int):
     return ids.new_empty(ids.numel()), ids.new_empty(num_experts + 1)
 
 
-@torch.library.impl("ptm::moe_mlp", "CPU")
+@torch.library.impl("ptm::moe_mlp", native.DEVICES)
 def _forward(x, weights, w1, w2, order, starts, keep: bool):
     y, hidden = _forward_like(x, weights, w1, w2, order, starts, keep)
     active = 1 if weights is None else weights.shape[1]
@@ -227,7 +234,7 @@ def _forward_like(x, weights, w1, w2, order, starts, keep: bool):
     return torch.empty_like(x, memory_format=torch.contiguous_format), hidden
 
 
-@torch.library.impl("ptm::moe_mlp_backward", "CPU")
+@torch.library.impl("ptm::moe_mlp_backward", native.DEVICES)
 def _backward(grad, x, weights, w1, w2, order, starts, hidden, by_experts: bool):
     by = _gradients(grad, x, weights, w1, w2, order, starts, hidden, by_experts)
     by_x, by_weights, *by_w = by

@@ -19,12 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ptm.kernels import native
+from ptm.kernels.moe_mlp import CUDA_EXPERTS
 
 native.declare("wq_linear", "wq_moe")
 
 PANEL, STEP = 16, 32  # outputs and inputs are padded to these
 CUDA_ROWS = 8  # the CUDA kernels read a weight's codes once for 4 rows, which is for decoding
-CUDA_EXPERTS = 512  # MAX_E of csrc/moe_plan/plan.h
 
 
 @dataclass(frozen=True)

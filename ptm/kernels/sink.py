@@ -48,7 +48,7 @@ def rooms_of(sinks: Sequence[GradSink] | None) -> Rooms | None:
 
 def put(weight: Tensor) -> Tensor:
     """What autograd gets for a gradient that is in its room."""
-    places = torch.empty(weight.dim(), 0, dtype=torch.int64)
+    places = torch.empty(weight.dim(), 0, dtype=torch.int64, device=weight.device)
     return torch.sparse_coo_tensor(
         places, weight.new_empty(0), weight.shape, check_invariants=False
     )

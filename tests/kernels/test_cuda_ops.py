@@ -19,6 +19,7 @@ from ptm.kernels import (  # noqa: F401
 )
 from ptm.quant.fake_quant import fake_quant, on_grid
 from ptm.quant.grid import Grid, GridKind
+from tests.support.experts import BOUND, counted, dense, inputs
 from tests.support.native import error
 
 DEVICE = "cuda"
@@ -174,6 +175,62 @@ def test_moe_plan(T, A, E):
     assert torch.equal(order.cpu(), torch.argsort(ids.flatten(), stable=True))
     ends = torch.bincount(ids.flatten(), minlength=E).cumsum(0)
     assert starts[0] == 0 and torch.equal(starts[1:].cpu(), ends)
+
+
+def by_one(tensor):
+    """The same numbers in memory that begins two bytes further on: at no multiple of 16."""
+    moved = torch.empty(tensor.numel() + 1, dtype=tensor.dtype, device=DEVICE)[1:]
+    return moved.copy_(tensor.detach().flatten()).view(tensor.shape)
+
+
+@pytest.mark.parametrize("is_aligned", [True, False])
+@pytest.mark.parametrize(
+    "shape",
+    [(0, 32, 32, 4, 2, 4), (1, 32, 64, 4, 2, 4), (333, 160, 288, 5, 2, 5), (300, 96, 32, 3, 1, 1),
+     (5, 32, 32, 300, 2, 300), (200, 32, 1056, 2, 2, 2)], ids=str,
+)  # fmt: skip
+def test_moe_mlp(shape, is_aligned):
+    """T, D, F, E, A, experts in use: rows and panels that fill no tile, all to one, most idle."""
+    case = inputs(*shape)
+    exact = wide(*(case[i] for i in (0, 2, 3, 4)))
+    y = dense(exact[0], case[1], *exact[1:])
+    expected = [y, *torch.autograd.grad(y, exact, case[5].double())]
+    x, ids, weights, w1, w2, grad = (t.detach().to(DEVICE) for t in case)
+    if not is_aligned:
+        x, w1, w2, grad = (by_one(t) for t in (x, w1, w2, grad))
+    rows = [t.requires_grad_() for t in (x, weights, w1, w2)]
+
+    def run():
+        y = moe_mlp.moe_mlp(x, ids, weights, counted(ids, len(w1)), w1, w2)
+        return [y, *torch.autograd.grad(y, rows, grad)]
+
+    assert moe_mlp._serves(x, w1, w2)
+    for bound, a, b in zip(BOUND.values(), twice(run), expected, strict=True):
+        check([a], [b], bound)
+
+
+@pytest.mark.parametrize("into", [FP32, BF16], ids=str)
+def test_moe_mlp_puts_gradients_where_they_are_wanted(into):
+    """Rooms at an odd number of elements, written over and added to; a row's own gradient where the
+    row's was."""
+    T, A = 90, 2
+    x, ids, _, w1, w2, _ = (t.detach().to(DEVICE) for t in inputs(T, 64, 96, 4, A, 3))
+    grad = draw(T * A, 64, dtype=BF16, seed=9).detach()
+    exact, ones = wide(x.repeat_interleave(A, 0), w1, w2), torch.ones(T * A, 1, dtype=torch.float64)
+    y = dense(exact[0], ids.cpu().reshape(-1, 1), ones, *exact[1:])
+    expected = torch.autograd.grad(y, exact, grad.cpu().double())
+    order, starts = torch.ops.ptm.moe_plan(ids, 4)
+    to = torch.empty_like(grad)
+    hidden = moe_mlp.forward_in_place(x, w1, w2, order, starts, to_ND=to, keep=True)
+    check([to], [y], 6e-3)
+    for adds in (False, True) if into is FP32 else (False,):
+        rooms = [by_one(torch.full(w.shape, 0.5, dtype=into)) for w in (w1, w2)]
+        rows = grad.clone()
+        moe_mlp.backward_in_place(
+            x, w1, w2, order, starts, hidden, rows_ND=rows, into=tuple(rooms), adds=adds
+        )
+        check([rows], expected[:1], 6e-3)
+        check([room.float() - 0.5 * adds for room in rooms], expected[1:], 5e-3)
 
 
 GRIDS = [Grid(kind, group) for kind in GridKind for group in (0, 32, 128)]

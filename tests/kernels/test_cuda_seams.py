@@ -9,6 +9,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ptm.kernels import native, pieces, quant_linear
+from ptm.kernels.moe_mlp import CUDA_EXPERTS, moe_mlp, puts_gradients
+from ptm.kernels.sink import put
 from ptm.quant.fake_quant import fake_quant
 from ptm.quant.grid import Grid, GridKind, round_to_nearest
 from ptm.quant.modules import QuantExperts, QuantLinear, packed
@@ -74,6 +76,24 @@ def test_quantized_products_of_a_few_rows():
         assert not any("item" in op or "local_scalar" in op for op in seen.ops)
 
 
+def experts(E: int, *, dtype=torch.bfloat16, D: int = 64, F: int = 96, T: int = 12):
+    x, w1, w2 = ((T, D), (E, 2 * F, D), (E, D, F))
+    return tuple(on_gpu(*shape, dtype=dtype) for shape in (x, w1, w2))
+
+
+def test_experts_in_training(fake):
+    x, w1, w2 = experts(8)
+    routed, counts = Routed(12, 2), on_gpu(8, dtype=torch.int64)
+    with Seen() as seen:
+        y = moe_mlp(x, routed.ids_TA, routed.weights_TA, counts, w1, w2)
+    assert y.shape == x.shape and y.device.type == "cuda"
+    assert [op for op in seen.ops if "ptm" in op] == ["ptm.moe_plan.default", "ptm.moe_mlp.default"]
+    assert put(w1).device.type == "cuda"
+    assert puts_gradients(*experts(CUDA_EXPERTS))
+    others = {"E": CUDA_EXPERTS + 1}, {"D": 48}, {"F": 80}, {"dtype": torch.float32}
+    assert not any(puts_gradients(*experts(**{"E": 8} | other)) for other in others)
+
+
 def test_too_many_rows_or_experts_go_to_torch(fake):
     assert not quant_linear.serves_linear(on_gpu(9, 64))
     for T, E, kernels in ((8, 2, True), (9, 2, False), (1, 512, True), (1, 513, False)):
@@ -94,3 +114,4 @@ def test_nothing_without_the_switch():
         assert not quant_linear.serves_linear(on_gpu(2, 32))
         assert not quant_linear.serves_moe(on_gpu(2, 32), on_gpu(2, 2), 8)
         assert not pieces._serves(on_gpu(4), on_gpu(1, 4))
+        assert not puts_gradients(*experts(8))
