@@ -48,9 +48,10 @@ def run(bench: StepBenchJob, words: tuple[str, ...]) -> None:
     rows = chosen(contestants(words, out, bench.ops_dir), bench.only, BASE)
     results = run_bench(bench, rows)
     found: dict[str, Any] = {"bench": "engines", "ranks": bench.ranks, "words": list(words)}
-    found["rows"] = show.summary(results, BASE)
+    base = show.base_of(results, BASE)
+    found["rows"] = show.summary(results, base)
     title = f"engines, {bench.ranks} ranks, {bench.rounds} rounds of {bench.round_steps} steps"
     caption = "median of rounds; ratio within a round: median (least-most)"
     show.report(
-        show.table(found["rows"], base=BASE, title=title, caption=caption), found, bench.json
+        show.table(found["rows"], base=base, title=title, caption=caption), found, bench.json
     )

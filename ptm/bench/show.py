@@ -46,6 +46,12 @@ VALUES: dict[str, Value] = {
 }
 
 
+def base_of(results: Sequence[Result], wanted: str) -> str:
+    """What ratios are to: `wanted`, or the first that ran where it could not."""
+    ran = [result.name for result in results if result.error is None]
+    return wanted if wanted in ran or not ran else ran[0]
+
+
 def summary(results: Sequence[Result], base: str) -> list[dict[str, Any]]:
     """Of each value: median, least and most over rounds, and as a ratio to `base` by rounds."""
     basis = next(r for r in results if r.name == base)

@@ -45,13 +45,14 @@ def run(bench: StepBenchJob, words: tuple[str, ...]) -> None:
     after = probe(disk, bench.engine.page_bytes, PROBE_S)
     found: dict[str, Any] = {"bench": "tiers", "ranks": bench.ranks, "words": list(words)}
     found["probe"] = {"before": before._asdict(), "after": after._asdict()}
-    found["rows"] = show.summary(results, BASE)
+    base = show.base_of(results, BASE)
+    found["rows"] = show.summary(results, base)
     caption = "; ".join(
         [f"disk probe {_rates(before)} before, {_rates(after)} after", *map(_moved, found["rows"])]
     )
     title = f"tiers, {bench.ranks} ranks, {bench.rounds} rounds of {bench.round_steps} steps"
     show.report(
-        show.table(found["rows"], base=BASE, title=title, caption=caption), found, bench.json
+        show.table(found["rows"], base=base, title=title, caption=caption), found, bench.json
     )
 
 

@@ -36,14 +36,15 @@ def run(bench: StepBenchJob, words: tuple[str, ...]) -> None:
     out = Path(bench.out)
     results = run_bench(bench, chosen(contestants(words), bench.only, BASE))
     found: dict[str, Any] = {"bench": "train", "ranks": bench.ranks, "words": list(words)}
-    found["rows"] = show.summary(results, BASE)
+    base = show.base_of(results, BASE)
+    found["rows"] = show.summary(results, base)
     title = f"training, {bench.ranks} ranks, {bench.rounds} rounds of {bench.round_steps} steps"
     caption = "median of rounds; ratio within a round: median (least-most)"
     profile = next(out.glob(f"*-{BASE}/profile.json"), None)
     if profile is not None:
         found["profile"] = json.loads(profile.read_text())
     show.report(
-        show.table(found["rows"], base=BASE, title=title, caption=caption), found, bench.json
+        show.table(found["rows"], base=base, title=title, caption=caption), found, bench.json
     )
     if profile is not None:
         Console(width=120).print(shares(found["profile"]))

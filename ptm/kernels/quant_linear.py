@@ -7,7 +7,7 @@
 exact inverse and the reference. The kernels multiply rows with codes, which bf16 holds exactly, sum
 in fp32, and multiply a group's sum with its scale: weights are never rounded, so what differs from
 the product with the unpacked weights in fp64 is fp32 sums (1e-6) and the one rounding of the
-result. Rows are not rounded to int8 for VNNI: docs/log.md has the error that would add.
+result. A few rows become whole numbers of 22 bits by group, whose products are exact sums.
 """
 
 from __future__ import annotations

@@ -73,6 +73,13 @@ def test_ratios_are_taken_within_a_round() -> None:
     assert json.dumps(rows)
 
 
+def test_ratios_are_to_the_first_that_ran_where_the_base_did_not() -> None:
+    ran, failed = Result("paged", [one(100, 1.0)]), Result("fsdp", error="no", version="1")
+    assert show.base_of([Result("x", error="no"), ran, failed], "fsdp") == "paged"
+    assert show.base_of([ran, Result("fsdp", [one(100, 1.0)])], "fsdp") == "fsdp"
+    assert show.base_of([failed], "fsdp") == "fsdp"
+
+
 def test_a_round_takes_the_slowest_rank_and_all_tokens() -> None:
     ranks = [one(10, 1.0), {**one(20, 3.0), "peak_bytes": 50}]
     found = join(ranks)
