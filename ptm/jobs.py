@@ -150,9 +150,9 @@ class DecodeBenchJob:
     "Run folder, one of its checkpoints, or a published model folder."
     exports: tuple[str, ...]
     "Folders that ptm export wrote of it."
-    batches: tuple[int, ...] = (1, 4, 16)
+    batches: tuple[int, ...] = ranged((1, 4, 16), least=1, most=4096)
     "Prompts at a time."
-    threads: tuple[int, ...] = (1, 2)
+    threads: tuple[int, ...] = ranged((1, 2), least=1, most=1024)
     "Threads of one process."
     tokens: int = ranged(32, least=1, most=100_000)
     "New tokens of each prompt."

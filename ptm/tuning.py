@@ -25,6 +25,7 @@ from ptm.mesh.mesh import Mesh
 from ptm.parts import say, say_if
 from ptm.quant.grid import GridKind
 from ptm.recipe import Recipe
+from ptm.recipe_files import shipped
 from ptm.trainer.config import ObjectiveKind
 from ptm.trainer.loop import Batches as StepBatches
 from ptm.trainer.objectives import ReplayBatch
@@ -40,7 +41,10 @@ def base_tokenizer(recipe: Recipe) -> DataConfig:
         return data
     if not Path(base).is_dir():
         rule = "is not there, and fine-tuning starts from it"
-        remedy = "run `ptm train recipe=m32` first (minutes), or name a model's folder"
+        made_by = Path(base).name.rpartition("-")[0]  # runs are named RECIPE-SCALE
+        named = made_by if made_by in shipped() else "m32"
+        command = f"ptm train recipe={named} model.scale={recipe.model.scale}"
+        remedy = f"run `{command}` first, or name a model's folder"
         if recipe.adapter.has_codes:
             words = export_words(GridKind(recipe.adapter.base))
             remedy = f"make one with `ptm export RUN {words}`, or name one"

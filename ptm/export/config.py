@@ -160,6 +160,9 @@ class ExportConfig:
                 rule += ", or auto with a size"
             other = "give format=fp6" if self.bits == "6" else f"give bits={wanted[0]}"
             raise RecipeError(line("bits", self.bits, rule, other))
+        if self.format is not ExportFormat.fp6 and self.fp6 is not Fp6.e2m3:
+            rule, remedy = "is a grid of format=fp6", "add format=fp6, or leave it out"
+            raise RecipeError(line("fp6", self.fp6, rule, remedy))
         if self.format is ExportFormat.fp6 and not self.symmetric:
             raise RecipeError(line("symmetric", "false", "fp6 has no zero points", "leave it out"))
         if self.size is None:

@@ -87,6 +87,12 @@ def run(
     return export(config, M32(opened), None if config.method is Method.nearest else rows, advance)
 
 
+def test_a_grid_of_another_format_is_refused() -> None:
+    with pytest.raises(RecipeError, match="fp6=e3m2: is a grid of format=fp6; add format=fp6"):
+        ExportConfig(run="r", fp6=Fp6.e3m2)
+    assert ExportConfig(run="r", format=ExportFormat.fp6, fp6=Fp6.e3m2).fp6 is Fp6.e3m2
+
+
 def files_of(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
 
