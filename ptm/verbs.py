@@ -220,6 +220,8 @@ def _recipe_of(run: Path) -> Recipe | None:
 
 def evaluate(job: EvalJob) -> None:
     """Print held-out loss, perplexity and bits per byte of a model; every rank takes part."""
+    if job.json and env.ranks().rank == 0:
+        refuse_unwritable("json", Path(job.json), is_folder=False)
     opened, folder = open_folder(job.run, job.step, may_have_soft=True)
     mesh = open_mesh(600)
     model = inference_module_of(opened, folder).to(mesh.device)

@@ -35,7 +35,7 @@ from ptm.mesh.peers import Peers
 from ptm.quant.grid import Grid
 from ptm.recipe import load_recipe
 from ptm.trainer.config import Precision
-from ptm.verbs import held_out_text, open_folder, tokenizer_of, write_json
+from ptm.verbs import held_out_text, open_folder, refuse_unwritable, tokenizer_of, write_json
 
 
 def export(job: ExportConfig | VerifyConfig) -> None:
@@ -240,6 +240,8 @@ def _calibration_rows(job: ExportConfig, folder: Path, walk: Walk) -> quantize.R
 
 def check(job: VerifyConfig) -> None:
     """Print an export beside its run. Raises PtmError where it is worse than a limit."""
+    if job.json:
+        refuse_unwritable("json", Path(job.json), is_folder=False)
     reference, folder = open_folder(job.run, job.step)
     exports = {"export": open_model(Path(job.export))}
     if job.plain is not None:

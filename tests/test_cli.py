@@ -186,3 +186,13 @@ def test_other_ranks_name_themselves_for_errors_of_their_own(
 def test_the_temporary_folder_is_not_littered(tmp_path: Path) -> None:
     ended = ptm("plan", "recipe=m33", cwd=tmp_path, env={"TMPDIR": str(tmp_path)})
     assert ended.code == 2 and os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("words", [["eval", "gone"], ["export", "verify", "gone", "gone"]])
+def test_a_file_for_numbers_is_tried_before_anything_is_opened(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run([*words, f"json={tmp_path}/no/x.json"]) == 74
+    assert capsys.readouterr().err.startswith(f"json={tmp_path}/no/x.json: cannot be written")
+    assert run([*words, f"json={tmp_path}/x.json"]) == 4  # the folder is not there
+    assert not list(tmp_path.iterdir())

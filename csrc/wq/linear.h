@@ -14,14 +14,12 @@
 #include "../common/amx.h"
 #include "../common/room.h"
 #include "packed.h"
+#include "whole.h"
 #include "wide.h"
 
 namespace PTM_NAMESPACE {
 
 #if PTM_ISA_BF16
-
-constexpr int64_t GRAIN = 4;     // panels of a part
-constexpr int64_t AHEAD = 2048;  // bytes of codes asked for before their use
 
 // The sum of a row's inputs in each group, for zero points.
 template <class T>
@@ -32,16 +30,6 @@ void group_sums(const T* x, int64_t inputs, const Packed& w, float* to) {
     for (int64_t k = g * w.group; k < last; k++) to[g] += to_float(x[k]);
   }
 }
-
-PTM_INLINE int64_t outputs_of(const Packed& w, int64_t p) {
-  return w.N - p * PANEL < PANEL ? w.N - p * PANEL : PANEL;
-}
-
-}  // namespace PTM_NAMESPACE
-
-#include "whole.h"
-
-namespace PTM_NAMESPACE {
 
 template <class T, class F>
 void plain_panel(const T* x, int64_t inputs, int64_t M, const float* sums, const Packed& w,

@@ -21,6 +21,8 @@
 namespace PTM_NAMESPACE {
 
 constexpr int64_t PANEL = 16;
+constexpr int64_t GRAIN = 4;     // panels of a part
+constexpr int64_t AHEAD = 2048;  // bytes of codes asked for before their use
 
 struct Packed {
   const uint8_t* codes;
@@ -34,6 +36,10 @@ struct Packed {
   int64_t panel_bytes() const { return PANEL * K * bits / 8; }
   int64_t scale_bytes() const { return panels() * groups() * PANEL * (is_half ? 2 : 4); }
 };
+
+PTM_INLINE int64_t outputs_of(const Packed& w, int64_t p) {
+  return w.N - p * PANEL < PANEL ? w.N - p * PANEL : PANEL;
+}
 
 inline float half_to_float(uint16_t h) {
   uint32_t sign = uint32_t(h & 0x8000) << 16, rest = h & 0x7fff, bits;

@@ -13,17 +13,10 @@
 
 namespace PTM_NAMESPACE {
 
-constexpr int64_t GRAIN = 4;               // panels of a part
 constexpr int64_t DEEP = 256, TALL = 96;   // inputs that stay in L1, rows in L2
 constexpr int64_t ROWS = 5 * TALL;         // bounds what the rows take in fp32
 
-PTM_INLINE int64_t outputs_of(const Packed& w, int64_t p) {
-  return w.N - p * PANEL < PANEL ? w.N - p * PANEL : PANEL;
-}
-
 #if PTM_ISA_AVX2
-
-constexpr int64_t AHEAD = 2048;  // bytes of codes asked for before their use
 
 PTM_INLINE vf scales_of(const Packed& w, int64_t p, int64_t g, int half) {
   const int64_t at = (p * w.groups() + g) * PANEL + 8 * half;
