@@ -11,8 +11,8 @@ as it is posed on the circle, its solution fits every step alike.
    not carried over the end (not in S) is dropped at its last use; S loses what did not stay until
    it no longer changes. Each round costs no more fetches than the one before.
 2. `pair`: frames become free in one order and are needed in another; each fetch takes the frame
-   that has been free longest, so that it may start as early as memory allows. A page that comes
-   back before its frame was taken needs no fetch.
+   that has been free longest, so that it may start as early as memory allows, or just before its
+   use where it reads nothing. A page that comes back before its frame was taken needs no fetch.
 
 Pages of scratch (gradient sums) hold nothing from their last use in a step to their first in the
 next: they are never kept over its end, leave unwritten, and come back as zeros instead of read.
@@ -197,15 +197,8 @@ def pair(
     _rescue(taker, wanted)
     dropped = {gap for gap, take, want in zip(gaps, taker, wanted) if take != want}
     dirty, flushes = _dirty(trace, dropped, scratch, commits)
-    moves = _moves(trace, gaps, taker, wanted, hold)
-    return [
-        move._replace(
-            is_dirty=move.last_use in dirty,
-            is_read=move.page not in scratch
-            or move.needed_at % count != trace.positions[move.page][0],
-        )
-        for move in moves
-    ], flushes
+    zeros = {trace.positions[page][0] for page in trace.positions if page in scratch}
+    return _moves(trace, gaps, taker, wanted, hold, dirty, zeros), flushes
 
 
 def _rescue(taker: list[int], wanted: list[int]) -> None:
@@ -231,8 +224,16 @@ def _rescue(taker: list[int], wanted: list[int]) -> None:
 
 
 def _moves(
-    trace: Trace, gaps: list[int], taker: list[int], wanted: list[int], hold: int
+    trace: Trace,
+    gaps: list[int],
+    taker: list[int],
+    wanted: list[int],
+    hold: int,
+    dirty: set[int],
+    zeros: set[int],
 ) -> list[Move]:
+    """dirty: last uses of pages to be written when they leave. zeros: uses of pages that come as
+    zeros."""
     count, size = trace.num_positions, len(gaps)
     is_fetched = [take != want for take, want in zip(taker, wanted)]
     moves: dict[int, Move] = {}
@@ -247,11 +248,12 @@ def _moves(
         need = trace.following[gaps[incoming]] % count
         at = gap + hold - turns * count
         page, evicts = trace.accesses[need].page, trace.accesses[gap].page
-        moves[fetch] = Move(at, page, need, evicts, gap, False, True)
+        moves[fetch] = Move(at, page, need, evicts, gap, gap in dirty, need not in zeros)
         assert need - count < at < need, ("a frame is free too late", at, need)
         # 2. The page that comes in left earlier, with the fetch `taker[incoming]`.
         before[fetch] = taker[incoming] - (wanted[incoming] - fetch)
     _after_own_eviction(moves, before, size, count)
+    _zeros_late(moves, before, size, count)
     ordered = sorted(moves.values(), key=lambda move: (move.at % count, move.needed_at - move.at))
     steps = [move.at // count * count for move in ordered]
     return [m._replace(at=m.at - s, needed_at=m.needed_at - s) for m, s in zip(ordered, steps)]
@@ -268,6 +270,20 @@ def _after_own_eviction(
             earlier = moves[before[fetch] % size].at + before[fetch] // size * count
             if earlier > move.at:
                 moves[fetch], is_moved = move._replace(at=earlier), True
+
+
+def _zeros_late(moves: dict[int, Move], before: dict[int, int], size: int, count: int) -> None:
+    """Zeros need not come early: before its use, a page of scratch may still hold what the step
+    before left there, which would be read. So they take their frame just before."""
+    returns = {left % size: (fetch, left // size * count) for fetch, left in before.items()}
+    is_moved = True
+    while is_moved:
+        is_moved = False
+        for index, move in moves.items():
+            fetch, turns = returns[index]
+            latest = min(move.needed_at - 1, moves[fetch].at - turns)
+            if latest > move.at and not move.is_read and not move.is_dirty:
+                moves[index], is_moved = move._replace(at=latest), True
 
 
 def _dirty(

@@ -182,6 +182,22 @@ def test_of_a_whole_step_in_half_the_memory() -> None:
     assert obey(lean, 5, scratch=scratch, commits=False) == (lean.read_bytes, lean.written_bytes)
 
 
+def test_zeros_take_their_frame_just_before_their_use() -> None:
+    trace, scratch = model(6, 8)
+    count = trace.num_positions
+    half = len(trace.positions) // 2
+    schedule = schedule_of(trace, half, rate=1e9, scratch=scratch, commits=True)
+    first_use = {page: trace.positions[page][0] for page in scratch}
+    zeros = [m for m in schedule.moves if m.needed_at % count == first_use.get(m.page)]
+    assert zeros and not any(move.is_read for move in zeros)
+    late = [m for m in zeros if m.needed_at - m.at == 1]
+    assert len(late) > len(zeros) // 2
+    for move in zeros:  # or before the page that leaves is fetched again, or is written for it
+        fetched = [m.at - move.at for m in schedule.moves if m.page == move.evicts]
+        again = min((ahead % count for ahead in fetched), default=count)
+        assert move in late or move.is_dirty or again <= move.needed_at - move.at
+
+
 def test_next_use_that_follows_a_schedule_fetches_no_more() -> None:
     trace, _ = model(4, 4)
     schedule = schedule_of(trace, 60, num_held=1, num_spare=0)
