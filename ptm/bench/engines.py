@@ -1,7 +1,8 @@
 """`ptm bench engines`: paged, FSDP2 with ptm's collectives, FSDP2 as it is, and DeepSpeed ZeRO-3,
 on the same model, data, ranks and precision, in turns (ptm/bench/interleave.py).
 
-`paged memory` exchanges rows in memory that the ranks share, so nothing is on the wire.
+Ranks exchange rows in memory that they share, so nothing is on the wire, but for `stock`, DeepSpeed
+and `paged gloo`.
 
 Engines share the model's code, so expert rows are padded alike. Recipe words apply to all. A peer
 that cannot run here shows its error and version; DeepSpeed on a disk needs an op built ahead, whose
@@ -27,14 +28,14 @@ def contestants(words: tuple[str, ...], out: Path, ops_dir: str | None) -> list[
 
     def row(name: str, kind: str, *more: str, **options: bool) -> Contestant:
         variables = built if kind == "deepspeed" else {}
-        if name.endswith(" memory"):
-            variables = {"PTM_COLLECTIVES": "memory"}
+        if name.endswith(" gloo"):
+            variables = {"PTM_COLLECTIVES": "gloo"}
         shared = ("engine.zero=3", *words, f"engine.kind={kind}", *more)
         return Contestant(name, shared, options, variables)
 
     return [
         row("paged", "paged"),
-        row("paged memory", "paged"),
+        row("paged gloo", "paged"),
         row(BASE, "fsdp"),
         row("fsdp stock", "fsdp", is_stock=True),
         row("deepspeed", "deepspeed"),

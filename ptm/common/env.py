@@ -89,8 +89,8 @@ def cuda_kernels() -> str:
 
 
 def collectives() -> str:
-    """PTM_COLLECTIVES: gloo, or memory: between CPU ranks of one machine, in memory they share."""
-    return os.environ.get("PTM_COLLECTIVES") or "gloo"
+    """PTM_COLLECTIVES: memory, which CPU ranks of one machine share, or gloo, its sockets."""
+    return os.environ.get("PTM_COLLECTIVES") or "memory"
 
 
 def set_default(name: str, value: str) -> None:

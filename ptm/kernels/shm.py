@@ -27,18 +27,18 @@ from ptm.kernels import native
 ROOM_BYTES = 4 * 2**20
 """Of the ring to all ranks, and of those to one each in sum. Twice that for every rank is resident
 in each process; docs/numbers.md has the speed of other sizes."""
-TRANSPORTS = ("gloo", "memory")
+TRANSPORTS = ("memory", "gloo")
 
 
 def make_port(rank: int, world: int, timeout_s: float, *, room: int = ROOM_BYTES) -> Port | None:
-    """A port that has not joined; None but with PTM_COLLECTIVES=memory, where there is a kernel.
+    """A port that has not joined; None with PTM_COLLECTIVES=gloo, or without the kernel.
 
     Raises: RecipeError for another PTM_COLLECTIVES.
     """
     transport = env.collectives()
     if transport not in TRANSPORTS:
         rule = f"is one of {', '.join(TRANSPORTS)}"
-        raise RecipeError(line("PTM_COLLECTIVES", transport, rule, "unset it for gloo"))
+        raise RecipeError(line("PTM_COLLECTIVES", transport, rule, "unset it for memory"))
     if transport == "gloo" or not native.has("shm_open") or not hasattr(os, "memfd_create"):
         return None
     return Port(rank, world, timeout_s, room=room)

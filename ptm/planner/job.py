@@ -52,7 +52,7 @@ class Job:
     has_log_probs: bool = False
     """Whether the loss is of each token's log-probability (dpo, grpo), not of their sum."""
     shared_ranks: int = 0
-    """Ranks of a machine that exchange in memory (PTM_COLLECTIVES=memory), 0 if they do not."""
+    """Ranks of a machine that exchange in memory (ptm/mesh/shared.py), 0 if they do not."""
     frozen_copy: str = ""
     """The key that asks for a frozen copy of the whole model on every rank, if one does."""
 

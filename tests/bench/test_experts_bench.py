@@ -1,7 +1,6 @@
 """`ptm bench experts`: every way computes the same, and its table."""
 
 import io
-import os
 
 import pytest
 from rich.console import Console
@@ -26,7 +25,6 @@ WORDS += ["train.micro_batch_size=2"]
 
 
 def turns(rank: int, world: int) -> list[dict]:
-    os.environ["PTM_COLLECTIVES"] = "memory"
     mesh, recipe = mesh_of_test(rank, world, ep=2), load_recipe([*WORDS, "engine.ep=2"])
     share_groups(mesh, make_port, 60.0)
     found = []

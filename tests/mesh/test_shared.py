@@ -24,12 +24,6 @@ pytestmark = needs_library
 TIMEOUT_S = 30.0
 
 
-def in_memory(*args, **more):
-    """make_port as PTM_COLLECTIVES=memory has it."""
-    os.environ["PTM_COLLECTIVES"] = "memory"
-    return make_port(*args, **more)
-
-
 def _cuts(numel: int, world: int, seed: int) -> list[int]:
     """Ranges of any length, none among them."""
     generator = torch.Generator().manual_seed(seed)
@@ -66,7 +60,7 @@ def _both_ways(rank: int, world: int, room: int) -> None:
     wanted = [_results(mesh, *case) for case in cases]
     bytes_of_gloo = {name: entry.sent_bytes for name, entry in mesh.ledger.entries.items()}
     mesh.ledger.entries.clear()
-    share_groups(mesh, functools.partial(in_memory, room=room), TIMEOUT_S)
+    share_groups(mesh, functools.partial(make_port, room=room), TIMEOUT_S)
     assert (port_of(mesh.dp.get_group()) is not None) == (world > 1)
     for case, expected in zip(cases, wanted):
         for found, of_gloo in zip(_results(mesh, *case), expected, strict=True):
@@ -83,7 +77,7 @@ def test_memory_and_gloo_give_the_same_bits_and_count_the_same_bytes(world, room
 
 def _axes(rank: int, world: int) -> list[float]:
     mesh = mesh_of_test(rank, world, ep=2)
-    share_groups(mesh, in_memory, TIMEOUT_S)
+    share_groups(mesh, make_port, TIMEOUT_S)
     found = []
     for axis in (mesh.dp, mesh.ep, mesh.edp):
         full = torch.full((axis.size(),), float(rank))
@@ -102,7 +96,7 @@ def test_every_axis_has_a_port_of_its_own():
 
 def _one_cannot(rank: int, world: int) -> None:
     mesh = mesh_of_test(rank, world)
-    share_groups(mesh, lambda *args: None if rank == 1 else in_memory(*args), TIMEOUT_S)
+    share_groups(mesh, lambda *args: None if rank == 1 else make_port(*args), TIMEOUT_S)
     assert mesh.transport == "gloo"
     assert _results(mesh, 37, torch.float32)
 
@@ -113,14 +107,14 @@ def test_where_one_rank_cannot_all_stay_with_gloo():
 
 def test_another_transport_is_refused(monkeypatch):
     monkeypatch.setenv("PTM_COLLECTIVES", "carrier_pigeon")
-    with pytest.raises(RecipeError, match="PTM_COLLECTIVES=carrier_pigeon: is one of gloo, memory"):
+    with pytest.raises(RecipeError, match="PTM_COLLECTIVES=carrier_pigeon: is one of memory, gloo"):
         make_port(0, 2, 1.0)
 
 
 def _names_the_lost(rank: int, world: int, how: str, folder: Path) -> None:
     mesh = mesh_of_test(rank, world)
     group = mesh.dp.get_group()
-    share_groups(mesh, in_memory, 3.0)
+    share_groups(mesh, make_port, 3.0)
     full = torch.zeros(3 * 10**6)
     cuts = [0, 10**6, 2 * 10**6, 3 * 10**6]
     gather(full, cuts, group, mesh.ledger).wait()

@@ -42,14 +42,9 @@ _ORDER = ("no tokens at all", "odd numbers", "many", "a rank without tokens", "a
 CASES = {case: ROUTED[case] for case in _ORDER} | {"most": ([611, 40, 333, 1], any_two)}
 
 
-def in_memory(*args, **more):
-    os.environ["PTM_COLLECTIVES"] = "memory"
-    return make_port(*args, **more)
-
-
 def shared_mesh(rank: int, world: int, ep: int, timeout_s: float = 60.0) -> Mesh:
     mesh = mesh_of_test(rank, world, ep)
-    share_groups(mesh, in_memory, timeout_s)
+    share_groups(mesh, make_port, timeout_s)
     return mesh
 
 

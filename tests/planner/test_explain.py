@@ -210,7 +210,7 @@ def test_experts_that_no_group_divides_are_refused_before_a_run(key: str) -> Non
 def test_what_ranks_of_a_machine_share_is_told(
     ranks: int, ep: int, axes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PTM_COLLECTIVES", "memory")
+    monkeypatch.delenv("PTM_COLLECTIVES", raising=False)
     job = job_of(
         *(DEBUG, Train(seq_len=128, batch_tokens=8192), EngineConfig(ep=ep), Checkpoint()),
         ranks=ranks, device="cpu", ranks_per_node=4,

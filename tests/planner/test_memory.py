@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -330,7 +329,6 @@ def test_plan_equals_reality_on_ranks(size: str, ranks: int, ep: int, zero: int)
 
 def shared_by_rank(rank: int, world: int, job: Job) -> tuple[int, int]:
     """Bytes of this rank's rings, and of its part of the windows."""
-    os.environ["PTM_COLLECTIVES"] = "memory"
     mesh = mesh_of_test(rank, world, job.ep)
     share_groups(mesh, make_port, 60.0)
     engine = make(job, mesh)
