@@ -72,6 +72,11 @@ class Requeue(PtmError):
     exit_code = 75
 
 
+class Stopped(Requeue):
+    """The same where nothing had to be saved first. Ranks do not wait for each other to say so: the
+    others learn of it from one that has left."""
+
+
 class DivergedError(PtmError, ArithmeticError):
     """Too many steps in a row had non-finite gradients."""
 

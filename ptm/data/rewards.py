@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ptm.common.errors import DataError, OutOfPages, PtmError, RecipeError, Requeue, line
+from ptm.common.errors import DataError, OutOfPages, RecipeError, Requeue, line
 from ptm.data.child import CRASHED, TIMED_OUT, Child
 
 MEMORY_BYTES = 1 << 30
@@ -128,7 +128,7 @@ class Rewarder:
         # The alarm is set again before each row, in the child.
         try:
             return self.child.call(request, what="reward", time_s=IMPORT_S, report=report)
-        except PtmError:
+        except BaseException:  # also a signal: what it was asked then is of no more use
             self.close()
             raise
 
