@@ -36,6 +36,7 @@ from ptm.mesh.peers import Peers
 from ptm.quant.grid import Grid
 from ptm.recipe import load_recipe
 from ptm.trainer.config import Precision
+from ptm.trainer.signals import StopRequest, leaving_at_once
 from ptm.verbs import (
     held_out_text,
     open_folder,
@@ -52,19 +53,21 @@ def export(job: ExportConfig | VerifyConfig) -> None:
         if env.ranks().rank == 0:
             check(job)
         return
-    stop_with_agent()
-    walk, folder = open_walk(job)
-    job = settled(job, folder)
-    quantize.check_sizes(walk.linears(job.layers), job)  # before anything that takes long
-    if job.size is not None:
-        _room(job, walk)
-    mesh = open_mesh(TIMEOUT_S)
-    try:
-        crew = Crew(Peers(mesh.background))
-        crew.on_main(lambda: check_place(quantize.out_of(job)))
-        _export(job, walk, folder, crew)
-    finally:
-        mesh.close()
+    rule, remedy = "stopped, layers that are done are kept", "the same command goes on behind them"
+    with leaving_at_once(StopRequest(), rule, remedy):
+        stop_with_agent()
+        walk, folder = open_walk(job)
+        job = settled(job, folder)
+        quantize.check_sizes(walk.linears(job.layers), job)  # before anything that takes long
+        if job.size is not None:
+            _room(job, walk)
+        mesh = open_mesh(TIMEOUT_S)
+        try:
+            crew = Crew(Peers(mesh.background))
+            crew.on_main(lambda: check_place(quantize.out_of(job)))
+            _export(job, walk, folder, crew)
+        finally:
+            mesh.close()
 
 
 def _export(job: ExportConfig, walk: Walk, folder: Path, crew: Crew) -> None:
