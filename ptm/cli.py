@@ -184,7 +184,12 @@ def _parse(words: list[str]) -> Callable[[], int | None]:
     if "-h" in rest or "--help" in rest:
         return functools.partial(_show, _page(name, verb))
     config = _config(verb, rest)
-    return lambda: load(verb.job)(config)  # its imports are part of the job
+    return lambda: _do(verb, config)  # its imports are part of the job
+
+
+def _do(verb: Verb, config: Any) -> int | None:
+    load("ptm.kernels.native:check_switches")()  # before anything that takes long, or is shown
+    return load(verb.job)(config)
 
 
 def _config(verb: Verb, words: list[str]) -> Any:
