@@ -55,29 +55,34 @@ from ptm.serve.generator import Sampling, stream_text
 from ptm.trainer.config import BY_TOKEN, ObjectiveKind, TrainConfig
 from ptm.trainer.loop import Run, fit
 from ptm.trainer.metrics import Metrics
-from ptm.trainer.signals import StopRequest
+from ptm.trainer.signals import StopRequest, leaving_at_once
 from ptm.tuning import base_tokenizer
 
+BEFORE = "stopped before the first step of this start"
 SAMPLE = Sampling(prompt="import os\n\n\nclass", max_new_tokens=160, temperature=0.8, top_p=0.9)
 
 
 def train(recipe: Recipe) -> None:
     """Train to the last step, or until asked to stop. Leaves a checkpoint, a sample and a
     report."""
-    stop_with_agent()
-    plan = make_plan(recipe)
-    if recipe.dry_run:
-        say(f"{dump(recipe)}\n{plan.text()}")
-        return
-    refuse_absent(recipe)
-    say(f"{describe_difference(recipe)}\n\n{plan.text()}")
-    with open_run(recipe, plan) as parts:
-        if parts.run.state.step < recipe.train.steps:
-            fit(parts.run)
-        else:
-            say(f"complete after {parts.run.state.step} steps; raise train.steps to go on")
-        parts.saver.wait()
-        finish(recipe, parts)
+    stop = StopRequest()
+    with leaving_at_once(stop, BEFORE, "the same command goes on"):
+        stop_with_agent()
+        plan = make_plan(recipe)
+        if recipe.dry_run:
+            say(f"{dump(recipe)}\n{plan.text()}")
+            return
+        refuse_absent(recipe)
+        say(f"{describe_difference(recipe)}\n\n{plan.text()}")
+        with open_run(recipe, plan, stop) as parts:
+            if parts.run.state.step < recipe.train.steps:
+                fit(parts.run)
+            else:
+                say(f"complete after {parts.run.state.step} steps; raise train.steps to go on")
+            remedy = "the same command makes the sample and the report"
+            with leaving_at_once(StopRequest(), "stopped after the last step", remedy):
+                parts.saver.wait()
+                finish(recipe, parts)
 
 
 def make_plan(
@@ -137,7 +142,7 @@ class Parts:
 
 
 @contextmanager
-def open_run(recipe: Recipe, plan: Plan) -> Iterator[Parts]:
+def open_run(recipe: Recipe, plan: Plan, stop: StopRequest) -> Iterator[Parts]:
     """Everything of one run, closed in the reverse order."""
     with ExitStack() as stack:
         mesh = open_mesh(recipe.engine.timeout_s, recipe.engine.ep, make_port)
@@ -193,7 +198,6 @@ def open_run(recipe: Recipe, plan: Plan) -> Iterator[Parts]:
             world=mesh.world,
             peak_gflops_per_rank=round(peak / 1e9, 1),
         )
-        stop = StopRequest()
         mode = open_mode(
             Setup(recipe, mesh, peers, start, corpus, model, metrics, state.step, stack, stop)
         )

@@ -34,7 +34,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import ptm
 from ptm.common import env, incident
-from ptm.common.errors import HangError, PtmError, RecipeError, Requeue, line
+from ptm.common.errors import HangError, PtmError, RecipeError, Requeue, Stopped, line
 from ptm.common.near import nearest
 
 EXIT_OUT_OF_MEMORY = 71
@@ -156,6 +156,8 @@ def run(words: list[str]) -> int:
         is_same = not is_started or isinstance(e, Requeue)
         maybe_mine_s = MAYBE_MINE_S if isinstance(e, PtmError) else 0.0
         wait_s = SAME_EVERYWHERE_S if is_same else maybe_mine_s
+        if isinstance(e, Stopped):
+            wait_s = 0.0
         if isinstance(e, HangError) and _has_another_said_why():
             return code
         _complain(message, code, wait_s=wait_s, is_same=is_same)
@@ -182,7 +184,12 @@ def _parse(words: list[str]) -> Callable[[], int | None]:
     if "-h" in rest or "--help" in rest:
         return functools.partial(_show, _page(name, verb))
     config = _config(verb, rest)
-    return lambda: load(verb.job)(config)  # its imports are part of the job
+    return lambda: _do(verb, config)  # its imports are part of the job
+
+
+def _do(verb: Verb, config: Any) -> int | None:
+    load("ptm.kernels.native:check_switches")()  # before anything that takes long, or is shown
+    return load(verb.job)(config)
 
 
 def _config(verb: Verb, words: list[str]) -> Any:

@@ -28,6 +28,7 @@ from ptm.model.transformer import Transformer
 from ptm.parts import DTYPES, Batches, Start, evaluate, say, say_if
 from ptm.policies import Pairs, Rollouts
 from ptm.recipe import Recipe
+from ptm.run_folder import REWARD_LOG
 from ptm.trainer.config import ObjectiveKind
 from ptm.trainer.loop import Batches as StepBatches
 from ptm.trainer.loop import Summary, per_token
@@ -265,7 +266,7 @@ def rewards(setup: Setup) -> Mode:
             on_bad=bad,
         )
     say_if(bad.told)
-    log = recipe.run_dir / "reward.log"
+    log = recipe.run_dir / REWARD_LOG
     rewarder = Rewarder(config.reward, timeout_s=config.reward_timeout_s, log=log)
     setup.stack.enter_context(rewarder)
     reference = None

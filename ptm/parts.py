@@ -23,7 +23,7 @@ from ptm.checkpoint.save import Saved, Saver
 from ptm.checkpoint.source import check_shapes
 from ptm.checkpoint.weights import model_to_json
 from ptm.common import env
-from ptm.common.errors import CheckpointError, line
+from ptm.common.errors import CheckpointError, as_typed, line
 from ptm.common.plan import Plan
 from ptm.data.corpus import Corpus, Split
 from ptm.data.loader import Loader, Rows
@@ -167,7 +167,10 @@ class Start:
     def _pin(self) -> list[str]:
         word = self.recipe.train.init_from
         assert word is not None
-        return run_folder.settled(self.recipe.run_dir, "base", lambda: list(base_of(Path(word))))
+        with as_typed({"folder": "train.init_from", "run": "train.init_from"}):
+            return run_folder.settled(
+                self.recipe.run_dir, "base", lambda: list(base_of(Path(word)))
+            )
 
 
 def first_weights(

@@ -274,7 +274,9 @@ class Rollouts:
     def _refuse(self, step: int, count: int) -> None:
         told = Peers(self.mesh.background).gather(self.last_error)
         rule = f"failed for all {count:,} answers of step {step + 1} ({next(filter(None, told))})"
-        remedy = "mend it, and give the same command again"
+        log = self.rewarder.log
+        printed = f" (it printed to {log})" if log is not None and log.stat().st_size else ""
+        remedy = f"mend it{printed}, and give the same command again"
         raise RewardError(line("grpo.reward", self.config.reward, rule, remedy))
 
     def tokens(self, step: int) -> int:

@@ -33,12 +33,14 @@ from ptm.checkpoint.folders import step_folders
 from ptm.common import env
 from ptm.common.errors import CheckpointError, RecipeError, StorageError, line
 from ptm.common.parse import schema_of
+from ptm.data.rewards import RewardError
 from ptm.engine import reshard
 from ptm.engine.config import EngineKind
 from ptm.engine.open_file import has_commits
 from ptm.recipe import Recipe, Resume, dump, load_recipe
 
 T = TypeVar("T")
+REWARD_LOG = "reward.log"
 FREE = re.compile(
     r"resume|dry_run|recipe|(run|log|checkpoint|eval|engine)\..*"
     r"|data\.(workers|prefetch|cache_dir)|train\.(steps|micro_batch_size|recompute|max_skipped)"
@@ -74,7 +76,7 @@ def claim(recipe: Recipe, stack: ExitStack) -> None:
         raise StorageError(line("run.dir", folder, rule, remedy)) from error
     _hold(folder, stack)
     if is_new:
-        stack.callback(_remove_if_unused, recipe)
+        stack.push(lambda kind, *_: _remove_if_unused(recipe, kind))
 
 
 def _has_pages(recipe: Recipe) -> bool:
@@ -100,10 +102,13 @@ def _hold(folder: Path, stack: ExitStack) -> None:
     lock.flush()
 
 
-def _remove_if_unused(recipe: Recipe) -> None:
-    # A start that made the folder and failed before its first step leaves nothing behind.
-    folder = recipe.run_dir
+def _remove_if_unused(recipe: Recipe, kind: type[BaseException] | None) -> None:
+    # A start that made the folder and failed before its first step leaves nothing behind, but what
+    # a reward that failed has printed.
+    folder, log = recipe.run_dir, recipe.run_dir / REWARD_LOG
     is_used = last_logged_step(folder) or step_folders(folder / "checkpoints")
+    if kind is not None and issubclass(kind, RewardError) and log.stat().st_size:
+        return
     if not (is_used or (folder / "incidents").exists() or _has_pages(recipe)):
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import sys
 import tempfile
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 
@@ -21,7 +22,14 @@ from ptm.checkpoint.load_model import inference_module_of
 from ptm.checkpoint.open_model import open_model
 from ptm.common import env
 from ptm.common.device import best_device
-from ptm.common.errors import CheckpointError, DataError, RecipeError, StorageError, line
+from ptm.common.errors import (
+    CheckpointError,
+    DataError,
+    RecipeError,
+    StorageError,
+    as_typed,
+    line,
+)
 from ptm.common.units import format_bytes
 from ptm.common.values import show
 from ptm.data.chat import reason_of
@@ -226,15 +234,16 @@ def evaluate(job: EvalJob) -> None:
     mesh = open_mesh(600)
     model = inference_module_of(opened, folder).to(mesh.device)
     corpus, seq_len = held_out_text(job, Path(job.run), tokenizer_of(opened, folder), model)
-    batches = Batches(
-        corpus.held_out,
-        mesh,
-        seq_len=seq_len,
-        isolate_documents=model.config.isolate_documents,
-        num_rows=job.rows,
-        micro_batch_size=job.micro_batch_size,
-        num_soft=len(model.soft_ids),
-    )
+    with text_as_typed(job):
+        batches = Batches(
+            corpus.held_out,
+            mesh,
+            seq_len=seq_len,
+            isolate_documents=model.config.isolate_documents,
+            num_rows=job.rows,
+            micro_batch_size=job.micro_batch_size,
+            num_soft=len(model.soft_ids),
+        )
     token_bytes = torch.as_tensor(corpus.tokenizer.token_bytes(), device=mesh.device)
     found = held_out(model, batches.micro_batches(0), token_bytes=token_bytes, mesh=mesh)
     if mesh.is_main:
@@ -263,15 +272,23 @@ def held_out_text(
     if job.source is not None:
         data = dataclasses.replace(data, source=(job.source,), weights=(), tokenizer=str(tokenizer))
     seq_len = seq_len or min(4096, model.config.max_position_embeddings)
-    corpus = open_corpus(
-        data,
-        vocab_size=model.config.vocab_size,
-        seed=0,
-        is_builder=env.ranks().rank == 0,
-        show_progress=env.ranks().rank == 0,
-        is_all_held_out=is_whole,
-    )
+    with text_as_typed(job):
+        corpus = open_corpus(
+            data,
+            vocab_size=model.config.vocab_size,
+            seed=0,
+            is_builder=env.ranks().rank == 0,
+            show_progress=env.ranks().rank == 0,
+            is_all_held_out=is_whole,
+        )
     return corpus, seq_len
+
+
+def text_as_typed(job: TextJob) -> AbstractContextManager[None]:
+    """Errors of the text inside name the job's keys where it gave them, else the run's."""
+    given = {"data.source": job.source, "train.seq_len": job.seq_len}
+    keys = {"data.source": "source", "train.seq_len": "seq_len"}
+    return as_typed({key: name for key, name in keys.items() if given[key] is not None})
 
 
 def report(job: ReportJob) -> None:
@@ -333,7 +350,8 @@ def recipe_words(job: StepBenchJob) -> tuple[str, ...]:
 def open_folder(run: str, step: int | None, *, may_have_soft: bool = False) -> tuple[Opened, Path]:
     """What is in a folder, said on stderr where it is not what was asked for."""
     folder = model_folder(run, step)
-    opened = open_model(folder, may_have_soft=may_have_soft)
+    with as_typed({"folder": "run"}):
+        opened = open_model(folder, may_have_soft=may_have_soft)
     if env.ranks().rank == 0:
         for note in opened.notes:
             print(note, file=sys.stderr)

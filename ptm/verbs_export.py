@@ -17,7 +17,7 @@ from ptm.checkpoint.open_model import open_model
 from ptm.checkpoint.untrusted import read_json
 from ptm.common import env
 from ptm.common.agent import stop_with_agent
-from ptm.common.errors import CheckpointError, PtmError, RecipeError, StorageError, line
+from ptm.common.errors import CheckpointError, PtmError, RecipeError, StorageError, as_typed, line
 from ptm.common.units import format_bytes
 from ptm.data.config import DataConfig
 from ptm.data.corpus import open_corpus
@@ -28,6 +28,7 @@ from ptm.export.crew import Crew
 from ptm.export.m32 import M32
 from ptm.export.ordinary import OrdinaryWalk
 from ptm.export.ordinary_config import is_ordinary
+from ptm.export.partial import check_place
 from ptm.export.plot import errors_svg
 from ptm.export.walk import Walk
 from ptm.mesh.mesh import open_mesh
@@ -35,7 +36,15 @@ from ptm.mesh.peers import Peers
 from ptm.quant.grid import Grid
 from ptm.recipe import load_recipe
 from ptm.trainer.config import Precision
-from ptm.verbs import held_out_text, open_folder, refuse_unwritable, tokenizer_of, write_json
+from ptm.trainer.signals import StopRequest, leaving_at_once
+from ptm.verbs import (
+    held_out_text,
+    open_folder,
+    refuse_unwritable,
+    text_as_typed,
+    tokenizer_of,
+    write_json,
+)
 
 
 def export(job: ExportConfig | VerifyConfig) -> None:
@@ -44,17 +53,21 @@ def export(job: ExportConfig | VerifyConfig) -> None:
         if env.ranks().rank == 0:
             check(job)
         return
-    stop_with_agent()
-    walk, folder = open_walk(job)
-    job = settled(job, folder)
-    quantize.check_sizes(walk.linears(job.layers), job)  # before anything that takes long
-    if job.size is not None:
-        _room(job, walk)
-    mesh = open_mesh(TIMEOUT_S)
-    try:
-        _export(job, walk, folder, Crew(Peers(mesh.background)))
-    finally:
-        mesh.close()
+    rule, remedy = "stopped, layers that are done are kept", "the same command goes on behind them"
+    with leaving_at_once(StopRequest(), rule, remedy):
+        stop_with_agent()
+        walk, folder = open_walk(job)
+        job = settled(job, folder)
+        quantize.check_sizes(walk.linears(job.layers), job)  # before anything that takes long
+        if job.size is not None:
+            _room(job, walk)
+        mesh = open_mesh(TIMEOUT_S)
+        try:
+            crew = Crew(Peers(mesh.background))
+            crew.on_main(lambda: check_place(quantize.out_of(job)))
+            _export(job, walk, folder, crew)
+        finally:
+            mesh.close()
 
 
 def _export(job: ExportConfig, walk: Walk, folder: Path, crew: Crew) -> None:
@@ -221,15 +234,16 @@ def _calibration_rows(job: ExportConfig, folder: Path, walk: Walk) -> quantize.R
         data = dataclasses.replace(data, **words, tokenizer=str(walk.tokenizer))
     seq_len = seq_len or min(2048, walk.max_positions)
     is_foreign = job.source is not None
-    corpus = open_corpus(
-        data,
-        vocab_size=walk.vocab_size,
-        seed=job.seed,
-        show_progress=True,
-        is_all_held_out=is_foreign,
-    )
-    part = corpus.held_out if is_foreign else corpus.train
-    rows = Rows(part, seq_len=seq_len, isolate_documents=walk.isolate_documents)
+    with text_as_typed(job):
+        corpus = open_corpus(
+            data,
+            vocab_size=walk.vocab_size,
+            seed=job.seed,
+            show_progress=True,
+            is_all_held_out=is_foreign,
+        )
+        part = corpus.held_out if is_foreign else corpus.train
+        rows = Rows(part, seq_len=seq_len, isolate_documents=walk.isolate_documents)
 
     def rows_of(count: int) -> tuple[torch.Tensor, torch.Tensor]:
         batch = rows.batch(0, min(count, rows.num_rows))
@@ -243,15 +257,17 @@ def check(job: VerifyConfig) -> None:
     if job.json:
         refuse_unwritable("json", Path(job.json), is_folder=False)
     reference, folder = open_folder(job.run, job.step)
-    exports = {"export": open_model(Path(job.export))}
-    if job.plain is not None:
-        exports["plain"] = open_model(Path(job.plain))
+    exports = {}
+    for key, named in (("export", job.export), ("plain", job.plain)):
+        if named is not None:
+            with as_typed({"folder": key, "run": key}):
+                exports[key] = open_model(Path(named))
     models = verify.models_of(reference, exports)
     text = held_out_text(job, Path(job.run), tokenizer_of(reference, folder), models["bf16"])
     corpus, seq_len = text
-    rows = Rows(
-        corpus.held_out, seq_len=seq_len, isolate_documents=reference.model.isolate_documents
-    )
+    with text_as_typed(job):
+        isolated = reference.model.isolate_documents
+        rows = Rows(corpus.held_out, seq_len=seq_len, isolate_documents=isolated)
     count, size = min(job.rows, rows.num_rows), job.micro_batch_size
     batches = [rows.batch(i, min(i + size, count)) for i in range(0, count, size)]
     found = verify.compare(models, batches)

@@ -188,6 +188,15 @@ def test_the_temporary_folder_is_not_littered(tmp_path: Path) -> None:
     assert ended.code == 2 and os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("name", ["PTM_BACKEND", "PTM_CPU_ISA", "PTM_CUDA_KERNELS"])
+def test_a_switch_of_the_kernels_is_refused_before_anything_is_opened_or_shown(
+    name: str, tmp_path: Path
+) -> None:
+    ended = ptm("generate", "gone", "prompt=shown", cwd=tmp_path, env={name: "fast"})
+    assert (ended.code, ended.out) == (2, "")
+    assert re.fullmatch(rf"{name}=fast: [^\n]*; unset it for [^\n]*\n", ended.err)
+
+
 @pytest.mark.parametrize("words", [["eval", "gone"], ["export", "verify", "gone", "gone"]])
 def test_a_file_for_numbers_is_tried_before_anything_is_opened(
     words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]

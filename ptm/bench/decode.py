@@ -20,6 +20,7 @@ from rich.table import Table
 from ptm.bench import show
 from ptm.checkpoint.load_model import module_of, quantized_module_of
 from ptm.checkpoint.open_model import open_model
+from ptm.common.errors import as_typed
 from ptm.common.units import format_bytes
 from ptm.export.verify import size_of
 from ptm.jobs import DecodeBenchJob
@@ -30,8 +31,10 @@ PROMPT = 16
 
 
 def run(job: DecodeBenchJob) -> None:
-    reference = open_model(Path(job.run))
-    exports = {Path(folder).name: open_model(Path(folder)) for folder in job.exports}
+    with as_typed({"folder": "run"}):
+        reference = open_model(Path(job.run))
+    with as_typed({"folder": "exports", "run": "exports"}):
+        exports = {Path(folder).name: open_model(Path(folder)) for folder in job.exports}
     models = {"bf16": module_of(reference, job.run, dtype=torch.bfloat16)}
     models |= {name: quantized_module_of(one, one.folder) for name, one in exports.items()}
     sizes = {"bf16": size_of(reference)} | {name: size_of(one) for name, one in exports.items()}

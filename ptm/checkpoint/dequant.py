@@ -76,7 +76,10 @@ class QuantSource:
             elif suffix not in _OPTIONAL:
                 raise CheckpointError(line("tensor", name, "is missing", "get the folder again"))
         try:
-            return from_tensors(tensors, self.config.grid_of(module), self.config.format)
+            found = from_tensors(tensors, self.config.grid_of(module), self.config.format)
+            if self.config.is_sequential and found[1] is not None:
+                raise ValueError("desc_act=false, and g_idx scatters its inputs over the groups")
+            return found
         except (ValueError, KeyError) as error:
             rule = f"is not packed as its config.json says ({error})"
             raise CheckpointError(line("tensor", module, rule, "get the folder again")) from None

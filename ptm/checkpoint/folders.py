@@ -101,19 +101,22 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def disk_errors(folder: Path) -> Iterator[None]:
-    """Turn an OSError inside into a StorageError (exit code 74) that says what to do."""
+def disk_errors(folder: Path, *, is_out: bool = False) -> Iterator[None]:
+    """Turn an OSError inside into a StorageError (exit code 74) that says what to do. is_out: the
+    folder is what `out` named."""
     try:
         yield
     except StorageError:
         raise
     except OSError as error:
-        raise storage_error(folder, error) from error
+        raise storage_error(folder, error, is_out=is_out) from error
 
 
-def storage_error(folder: Path, error: OSError) -> StorageError:
+def storage_error(folder: Path, error: OSError, *, is_out: bool = False) -> StorageError:
     remedy = _REMEDIES.get(errno.errorcode.get(error.errno or 0, ""), "look at the disk")
     rule = f"cannot be written ({error.strerror or error})"
+    if is_out:
+        return StorageError(line("out", folder, rule, "name another folder, or make room there"))
     return StorageError(line("checkpoint", error.filename or folder, rule, remedy))
 
 

@@ -88,6 +88,8 @@ def open_hf(folder: Path) -> Opened:
     quantized = None
     if quantization is not None:
         source = quantized = QuantSource(source, quant_config.parse(quantization))
+        if (folder / quant_config.TWIN).exists():
+            quant_config.compare(quantization, read_json(folder, quant_config.TWIN))
     names = [name for name in source.names() if not name.endswith("rotary_emb.inv_freq")]
     if len(names) < len(source.names()):
         notes.append("rotary_emb.inv_freq ignored: computed from the configuration")

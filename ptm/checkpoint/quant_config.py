@@ -19,10 +19,12 @@ from typing import Any, NamedTuple
 import torch
 
 from ptm.common.errors import CheckpointError, line
+from ptm.common.values import show
 from ptm.quant.grid import Grid, GridKind
 from ptm.quant.pack import Format
 
 KEY = "quantization_config"
+TWIN = "quantize_config.json"
 METHODS = {
     Format.gptq: "gptq",
     Format.gptq_v2: "gptq",
@@ -39,6 +41,8 @@ class QuantConfig(NamedTuple):
     format: Format
     default: Grid
     grids: tuple[tuple[str, Grid | None], ...] = ()
+    is_sequential: bool = False
+    "Whether it says that no linear's g_idx scatters its inputs."
 
     def grid_of(self, module: str) -> Grid:
         """Of a quantized linear, whose tensors are there."""
@@ -157,7 +161,19 @@ def parse(keys: Any) -> QuantConfig:
             bits, size = (changes.get(k, keys.get(k)) for k in ("bits", "group_size"))
             found = _int_grid(bits, size, changes.get("sym", is_symmetric))
             grids.append((_pattern(pattern.removeprefix("+:")), found))
-    return QuantConfig(Format(stored), default, tuple(grids))
+    desc_act = keys.get("desc_act")
+    if desc_act is not None and type(desc_act) is not bool:
+        raise _refuse("desc_act", desc_act, "must be true or false")
+    return QuantConfig(Format(stored), default, tuple(grids), desc_act is False)
+
+
+def compare(keys: Mapping[str, Any], twin: Any) -> None:
+    """Raise CheckpointError where the file that other readers of GPTQ take says something else."""
+    for key in ("bits", "group_size", "sym", "desc_act"):
+        there = twin.get(key) if isinstance(twin, dict) else None
+        if key in keys and there is not None and there != keys[key]:
+            rule = f"{KEY} of config.json has {show(keys[key])}"
+            raise CheckpointError(f"{TWIN}: " + line(key, show(there), rule, "make them the same"))
 
 
 def _parse_ct(keys: dict[str, Any]) -> QuantConfig:

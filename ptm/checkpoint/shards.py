@@ -41,7 +41,7 @@ def new_folder(out: Path) -> Iterator[Path]:
             line("out", out, "is there already", "name a new folder, or remove it")
         )
     folder = beside(out, "tmp")
-    with disk_errors(out):
+    with disk_errors(out, is_out=True):
         try:
             folder.mkdir(parents=True)
             yield folder

@@ -11,6 +11,8 @@ scheduler can act on (sysexits where one fits). Mistakes that only ptm's own cod
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 EXIT_INTERNAL = 70
@@ -72,6 +74,11 @@ class Requeue(PtmError):
     exit_code = 75
 
 
+class Stopped(Requeue):
+    """The same where nothing had to be saved first. Ranks do not wait for each other to say so: the
+    others learn of it from one that has left."""
+
+
 class DivergedError(PtmError, ArithmeticError):
     """Too many steps in a row had non-finite gradients."""
 
@@ -85,3 +92,17 @@ def line(key: str, value: Any, rule: str, remedy: str) -> str:
         shown = shown[:77] + "..."
     shown = shown.encode("unicode_escape").decode("ascii") if not shown.isprintable() else shown
     return f"{key}={shown}: {rule}; {remedy}"
+
+
+@contextmanager
+def as_typed(names: Mapping[str, str]) -> Iterator[None]:
+    """Have an error inside name what was typed: key of its message -> key on the command line.
+    Dotted keys are found in its rule and remedy too."""
+    try:
+        yield
+    except PtmError as error:
+        key, equals, rest = str(error).partition("=")
+        told = f"{names.get(key, key)}{equals}{rest}"
+        for name, typed in names.items():
+            told = told.replace(name, typed) if "." in name else told
+        raise type(error)(told) from None

@@ -120,8 +120,11 @@ def serve(module: str, memory_bytes: int) -> None:
     def send(reply: dict[str, Any]) -> None:
         if os.getpid() != me:  # a copy that somebody's function made, and came back in
             os._exit(0)
-        replies.write(_line(reply))
-        replies.flush()
+        try:
+            replies.write(_line(reply))
+            replies.flush()
+        except BrokenPipeError:
+            _leave(me)
 
     handle = importlib.import_module(module).handle
     if memory_bytes:
@@ -142,8 +145,13 @@ def serve(module: str, memory_bytes: int) -> None:
             result = {"error": "StorageError", "message": storage}
         signal.setitimer(signal.ITIMER_REAL, 0)
         send(result)
+    _leave(me)
+
+
+def _leave(me: int) -> None:
+    """The parent is gone: so is what was started here."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(me, signal.SIGKILL)  # the parent is gone: so is what was started here
+        os.killpg(me, signal.SIGKILL)
 
 
 def _line(message: dict[str, Any]) -> bytes:

@@ -7,7 +7,7 @@ program and the text is a model's: it runs in a process of its own (ptm/data/chi
 alarm, a bound on memory, and, where the system lets a process give up its network, in an empty
 network; everywhere Python's sockets are refused besides. A call that raises, does not return a
 number (finite, of at most MOST), hangs or dies is a reward of 0 and is counted; the process is
-started again. After MOST_HUNG texts in one `score` the rest are taken to hang too.
+started again. After MOST_LOST hangs and deaths in one `score` the rest is taken to be lost as well.
 """
 
 from __future__ import annotations
@@ -18,18 +18,20 @@ import importlib.util
 import inspect
 import socket
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ptm.common.errors import DataError, OutOfPages, PtmError, RecipeError, Requeue, line
-from ptm.data.child import CRASHED, TIMED_OUT, Child
+from ptm.data.child import TIMED_OUT, Child
 
 MEMORY_BYTES = 1 << 30
 IMPORT_S = 10.0
 MOST = 1e9
 "Only differences within a group count, and sums of more are no longer numbers."
-MOST_HUNG = 8
+MOST_LOST = 8
+"Each costs the time limit or the start of a process."
 CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000
 
 
@@ -74,11 +76,10 @@ class Rewarder:
         try:
             self._call({"rows": []})
         except (DataError, OutOfPages) as error:
-            for reason in (TIMED_OUT, CRASHED):
-                if reason in str(error):
-                    rule = f"its import {reason} ({IMPORT_S:g} s are given)"
-                    raise DataError(line("grpo.reward", name, rule, "mend the file")) from None
-            raise
+            if str(error).startswith("grpo.reward="):
+                raise
+            rule = f"its import {_rule_of(error)}"
+            raise type(error)(line("grpo.reward", name, rule, "mend the file")) from None
 
     def score(
         self,
@@ -87,13 +88,14 @@ class Rewarder:
     ) -> Scored:
         """Rewards of (question, answer, text) rows; as soon as `is_stopped`, 0 for the rest."""
         rewards, raised, hung, first = [], 0, 0, ""
-        at = 0
+        at = lost = 0
         while at < len(rows):
             if is_stopped():
                 return Scored(rewards + [0.0] * (len(rows) - at), raised, hung, first)
-            if hung >= MOST_HUNG:
+            if lost >= MOST_LOST:
                 rest = len(rows) - at
-                return Scored(rewards + [0.0] * rest, raised, hung + rest, first)
+                raised, hung = (raised, hung + rest) if hung else (raised + rest, hung)
+                return Scored(rewards + [0.0] * rest, raised, hung, first)
             # One request for many rows; a hang or a death costs the row it is at, and goes on.
             done: list[Any] = []
 
@@ -111,8 +113,9 @@ class Rewarder:
                     raise
                 is_hang = TIMED_OUT in str(error)
                 hung += is_hang
+                lost += 1
                 late = f"the reward took longer than {self.timeout_s:g} s"
-                done.append(_Hung(late) if is_hang else str(error))
+                done.append(_Hung(late) if is_hang else f"the reward {_rule_of(error)}")
             for value in done:
                 if isinstance(value, str):
                     raised += not isinstance(value, _Hung)
@@ -128,7 +131,7 @@ class Rewarder:
         # The alarm is set again before each row, in the child.
         try:
             return self.child.call(request, what="reward", time_s=IMPORT_S, report=report)
-        except PtmError:
+        except BaseException:  # also a signal: what it was asked then is of no more use
             self.close()
             raise
 
@@ -164,7 +167,23 @@ def handle(request: dict[str, Any], report: Callable[[Any], None]) -> None:
         except MemoryError:
             report("the reward is out of memory")
         except Exception as error:  # whatever somebody's function can do wrong: told and counted
-            report(f"the reward raised {type(error).__name__}: {error}"[:300])
+            report(f"the reward raised {_raised(error, name)}"[:300])
+
+
+def _raised(error: Exception, name: str) -> str:
+    """On one line, with the line of the reward's file that it came through last."""
+    path = name.rpartition(":")[0]
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return f"{text} ({Path(path).name}:{lines[-1]})" if lines else text
+
+
+def _rule_of(error: PtmError) -> str:
+    """What has happened to the process; the key and the remedy there are not the reward's."""
+    rule = str(error)
+    if rule.startswith("data="):
+        rule = rule.partition(": ")[2].rpartition("; ")[0]
+    return rule.removeprefix("a worker process ")
 
 
 def _function(name: str) -> Callable[[str, str, str], Any]:
@@ -183,7 +202,7 @@ def _function(name: str) -> Callable[[str, str, str], Any]:
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # somebody's file
-        rule = f"cannot be imported: {type(error).__name__}: {error}"
+        rule = f"cannot be imported: {_raised(error, name)}"
         raise DataError(line("grpo.reward", name, rule, "mend the file")) from None
     found = getattr(module, function, None)
     if not callable(found):

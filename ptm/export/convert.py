@@ -32,6 +32,7 @@ from ptm.checkpoint.open_model import open_model
 from ptm.checkpoint.peft import write_peft
 from ptm.checkpoint.shards import new_folder
 from ptm.checkpoint.weights import write_checkpoint
+from ptm.common.errors import as_typed
 from ptm.data.tokenizer import load_tokenizer
 from ptm.export.config import ConvertConfig, Stored, Target
 from ptm.model.config import num_parameters
@@ -50,7 +51,8 @@ def convert(config: ConvertConfig) -> None:
     console = Console(highlight=False)
     source, out = Path(config.source), Path(config.out)
     dtype = _DTYPES[config.dtype] if config.dtype is not None else None
-    opened = open_model(source, may_have_soft=config.to is Target.peft)
+    with as_typed({"folder": "source", "run": "source"}):
+        opened = open_model(source, may_have_soft=config.to is Target.peft)
     layout = config.layout or (opened.origin.layout if opened.origin else Layout.hf)
     count = num_parameters(opened.model)
     columns = BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn()

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,17 +32,37 @@ _ROWS = "rows-{:05d}.safetensors"
 _RECORDS = "records-{:05d}.json"
 
 
+def check_place(out: Path) -> None:
+    """Raise CheckpointError or StorageError where no export can be written; leaves no folder."""
+    refuse_taken(out)
+    folder = folder_of(out)
+    with disk_errors(out, is_out=True):
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    if not any(folder.iterdir()):  # in one that was begun there are files
+        folder.rmdir()
+
+
+def folder_of(out: Path) -> Path:
+    """Where an export to `out` is until it is whole."""
+    return out.with_name(f"{out.name}.partial")
+
+
+def refuse_taken(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        rule = "is there already"
+        raise CheckpointError(line("out", out, rule, "name a new folder, or remove it"))
+
+
 class Partial:
     """Raises CheckpointError where the place is taken, StorageError where the disk fails."""
 
     def __init__(self, out: Path, settings: Mapping[str, Any], num_files: int) -> None:
         self.out, self.num_files = out, num_files
-        self.folder = out.with_name(f"{out.name}.partial")
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            rule = "is there already"
-            raise CheckpointError(line("out", out, rule, "name a new folder, or remove it"))
+        self.folder = folder_of(out)
+        refuse_taken(out)
         made = json.dumps(dict(settings), indent=1, sort_keys=True)
-        with disk_errors(out):
+        with disk_errors(out, is_out=True):
             self.folder.mkdir(parents=True, exist_ok=True)
             if (self.folder / SETTINGS).exists():
                 found = read_json(self.folder, SETTINGS)
@@ -77,7 +98,7 @@ class Partial:
 
     def finish_layer(self, layer: int, rows: Mapping[str, Tensor], records: list[Any]) -> None:
         """`layer` counts from 0; its shard is written."""
-        with disk_errors(self.out):
+        with disk_errors(self.out, is_out=True):
             name = _RECORDS.format(layer + 1)
             (self.folder / name).unlink(missing_ok=True)
             write_file(self.folder / name, json.dumps({"linears": records}).encode())
@@ -86,7 +107,7 @@ class Partial:
 
     def finish(self) -> None:
         """What only the work needed goes, and the folder gets its name."""
-        with disk_errors(self.out):
+        with disk_errors(self.out, is_out=True):
             for pattern in ("rows-*", "records-*", SETTINGS, "*.tmp"):
                 for path in self.folder.glob(pattern):
                     path.unlink()
@@ -101,12 +122,12 @@ class Partial:
 
     def _write(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         path = self.folder / f"{name}.tmp"
-        with disk_errors(self.out):
+        with disk_errors(self.out, is_out=True):
             path.unlink(missing_ok=True)
         header = {n: (tuple(t.shape), t.dtype) for n, t in tensors.items()}
         with SafetensorsWriter(path, header, {"format": "pt"}) as file:
             for tensor in file.names:
                 file.write(tensor, tensors[tensor].contiguous())
-        with disk_errors(self.out):
+        with disk_errors(self.out, is_out=True):
             os.rename(path, self.folder / name)
             sync_folder(self.folder)

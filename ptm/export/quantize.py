@@ -219,7 +219,7 @@ def _finish(
         "generation_config.json": walk.generation_config(),
     }
     if config.format is ExportFormat.gptq:
-        files["quantize_config.json"] = quantization
+        files[quant_config.TWIN] = quantization
     for name, values in files.items():
         _replace(partial.folder / name, json.dumps(values, indent=2) + "\n")
     count = sum(math.prod(walk.shape(name)) for name in walk.names())

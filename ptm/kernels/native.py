@@ -120,6 +120,12 @@ def _chosen() -> str | None:
     return isa
 
 
+def check_switches() -> None:
+    """Raises: RecipeError, for a PTM_* switch of kernels with a value that it does not have."""
+    _cuda_setting()
+    isa()
+
+
 def isa() -> str | None:
     """The instruction set in use; None where torch serves everything.
 
@@ -160,7 +166,7 @@ def summary(device_type: str) -> str:
 
     Raises: RecipeError for a switch with a value that it does not have, on any device.
     """
-    _cuda_setting()
+    check_switches()
     ops: dict[str, list[str]] = {}
     for op, served_by in table(device_type).items():
         ops.setdefault(served_by, []).append(op)

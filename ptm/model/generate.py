@@ -8,6 +8,7 @@ rounding, and the same batch gives the same bits wherever it runs.
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,8 @@ from ptm.common.errors import RecipeError, line
 if TYPE_CHECKING:
     from ptm.model.cache import Cache
     from ptm.model.transformer import Transformer
+
+logger = logging.getLogger(__name__)
 
 
 class Picked(NamedTuple):
@@ -50,43 +53,61 @@ def steps(
     use_cache: bool = True,
     agree: Callable[[bool], bool] = alone,
 ) -> Iterator[Picked]:
-    """Yield the next id of every row, until all have ended.
+    """The next id of every row, again and again, until all have ended.
 
     Temperature 0 takes the likeliest token. Rows shorter than the longest are padded on either
     side, with attention_mask (B, L) 0 there. seed: one for each row, or one they are made from.
     Without the cache every step runs the whole rows again, for comparison. agree: called with
     whether this rank goes on, says whether any does; ranks that share weights must run as many
-    forwards. Raises RecipeError.
+    forwards. Raises RecipeError, before the first step.
     """
     _check("max_new_tokens", max_new_tokens, "must be at least 0", max_new_tokens >= 0)
     _check("temperature", temperature, "must be finite and at least 0", 0 <= temperature < math.inf)
     _check("top_p", top_p, "must be above 0 and at most 1", 0 < top_p <= 1)
+    model.check_ids(input_ids_BL)
+    _warn_of_length(model, input_ids_BL.shape[1], max_new_tokens)
     num_rows = len(input_ids_BL)
     seeds = [row_seed(seed, i) for i in range(num_rows)] if isinstance(seed, int) else seed
     assert len(seeds) == num_rows, f"{len(seeds)} seeds for {num_rows} rows"
-    generators = [torch.Generator().manual_seed(one) for one in seeds]
-    cache = model.new_cache() if use_cache else None
-    ids_BL, mask_BL = input_ids_BL, attention_mask
-    if mask_BL is not None:
-        ids_BL, mask_BL = left_padded(ids_BL, mask_BL)
-    ended_B = torch.zeros_like(ids_BL[:, 0], dtype=torch.bool)
-    for _ in range(max_new_tokens):
-        logits_BV = _next_logits(model, ids_BL, mask_BL, cache)
-        draws = [torch.rand((), generator=g, dtype=torch.float64) for g in generators]
-        draws_B = torch.stack(draws) if draws else torch.zeros(0, dtype=torch.float64)
-        token_B = pick(logits_BV, temperature=temperature, top_p=top_p, draws_B=draws_B)
-        log_prob_B = _log_probs(logits_BV, token_B, temperature)
-        if eos_id is not None:
-            token_B = token_B.masked_fill(ended_B, eos_id)
-            ended_B = ended_B | (token_B == eos_id)
-        yield Picked(token_B, log_prob_B)
-        if eos_id is not None and not agree(not bool(ended_B.all())):
-            return
-        if cache is not None:
-            ids_BL, mask_BL = token_B[:, None], None
-        else:
-            ids_BL = torch.cat([ids_BL, token_B[:, None]], dim=1)
-            mask_BL = None if mask_BL is None else F.pad(mask_BL, (0, 1), value=1)
+
+    def run() -> Iterator[Picked]:
+        generators = [torch.Generator().manual_seed(one) for one in seeds]
+        cache = model.new_cache() if use_cache else None
+        ids_BL, mask_BL = input_ids_BL, attention_mask
+        if mask_BL is not None:
+            ids_BL, mask_BL = left_padded(ids_BL, mask_BL)
+        ended_B = torch.zeros_like(ids_BL[:, 0], dtype=torch.bool)
+        for _ in range(max_new_tokens):
+            logits_BV = _next_logits(model, ids_BL, mask_BL, cache)
+            draws = [torch.rand((), generator=g, dtype=torch.float64) for g in generators]
+            draws_B = torch.stack(draws) if draws else torch.zeros(0, dtype=torch.float64)
+            token_B = pick(logits_BV, temperature=temperature, top_p=top_p, draws_B=draws_B)
+            log_prob_B = _log_probs(logits_BV, token_B, temperature)
+            if eos_id is not None:
+                token_B = token_B.masked_fill(ended_B, eos_id)
+                ended_B = ended_B | (token_B == eos_id)
+            yield Picked(token_B, log_prob_B)
+            if eos_id is not None and not agree(not bool(ended_B.all())):
+                return
+            if cache is not None:
+                ids_BL, mask_BL = token_B[:, None], None
+            else:
+                ids_BL = torch.cat([ids_BL, token_B[:, None]], dim=1)
+                mask_BL = None if mask_BL is None else F.pad(mask_BL, (0, 1), value=1)
+
+    return run()
+
+
+def _warn_of_length(model: Transformer, prompt: int, new: int) -> None:
+    """Rotary positions have no end, but those behind the longest row of training are strange to the
+    model."""
+    longest = model.config.max_position_embeddings
+    if prompt + new - 1 > longest:  # the last token is not run
+        rule = (
+            f"behind a prompt of {prompt} tokens they may pass max_position_embeddings={longest}, "
+            "the longest text that the model was made for"
+        )
+        logger.warning(line("max_new_tokens", new, rule, "shorten them, or expect worse text"))
 
 
 def row_seed(*parts: object) -> int:

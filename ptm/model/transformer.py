@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ptm.common.errors import RecipeError, line
 from ptm.kernels.linear import linear
 from ptm.kernels.log_probs import linear_log_probs
 from ptm.kernels.loss import IGNORED, linear_cross_entropy
@@ -116,6 +117,18 @@ class Transformer(nn.Module):
         soft = self.model.embed_tokens.soft_tokens
         return [] if soft is None else [-1 - i for i in range(len(soft))]
 
+    def check_ids(self, ids: Tensor) -> None:
+        """Raise RecipeError unless the model has all these tokens. For callers from outside, once:
+        it waits for the device."""
+        if ids.is_meta or not ids.numel():
+            return
+        least, most = -len(self.soft_ids), self.config.vocab_size - 1
+        for found in (int(ids.min()), int(ids.max())):
+            if not least <= found <= most:
+                rule = f"must be at least {least} and at most {most}, the model's last token"
+                remedy = "use the tokenizer that the model was made with"
+                raise RecipeError(line("input_ids", found, rule, remedy))
+
     def hidden(
         self,
         input_ids_BL: Tensor,
@@ -165,7 +178,9 @@ class Transformer(nn.Module):
         cache: Cache | None = None,
         attention_mask_BL: Tensor | None = None,
     ) -> Tensor:
-        """Logits (B, L, V) in the model's type; arguments as for `hidden`."""
+        """Logits (B, L, V) in the model's type; arguments as for `hidden`. Raises RecipeError for
+        ids that the model does not have."""
+        self.check_ids(input_ids_BL)
         x_BLD = self.hidden(
             input_ids_BL, position_ids_BL, document_ids_BL, cache, attention_mask_BL
         )

@@ -157,7 +157,7 @@ def from_tensors(
         codes = codes[:, order].contiguous()
     if grid.is_symmetric:
         if not bool((zero == grid.middle).all()):
-            raise ValueError("zero points are not those of a symmetric grid")
+            raise ValueError("sym=true, and zero points are not those of a symmetric grid")
         zero = None
     return Quantized(grid, codes, scale, zero), order
 

@@ -34,18 +34,19 @@ def stream_text(model: Any, tokenizer: Any, sampling: Sampling) -> Iterator[str]
     ids = sampling.ids or tokenizer.encode(sampling.prompt) or [tokenizer.eod_id]
     ids = [*model.soft_ids, *ids]
     device = next(model.parameters()).device
+    tokens = model.stream(  # what it refuses or warns of comes before the prompt
+        torch.tensor([ids], device=device),
+        sampling.max_new_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        seed=sampling.seed,
+        eos_id=tokenizer.eod_id,
+    )
     yield sampling.prompt
     new: list[int] = []
     shown = 0
     with torch.no_grad():
-        for token in model.stream(
-            torch.tensor([ids], device=device),
-            sampling.max_new_tokens,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            seed=sampling.seed,
-            eos_id=tokenizer.eod_id,
-        ):
+        for token in tokens:
             if int(token) == tokenizer.eod_id:
                 break
             new.append(int(token))

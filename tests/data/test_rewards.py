@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ptm.common.errors import DataError, RecipeError
+from ptm.common.errors import DataError, PtmError, RecipeError
 from ptm.data import rewards
 from ptm.data.rewards import Rewarder
 
@@ -106,10 +106,48 @@ def test_what_it_prints_goes_to_its_log(file: Path, tmp_path: Path, capfd) -> No
 
 
 def test_a_reward_that_hangs_again_and_again_is_asked_no_more(file, monkeypatch) -> None:
-    monkeypatch.setattr(rewards, "MOST_HUNG", 2)
+    monkeypatch.setattr(rewards, "MOST_LOST", 2)
     with Rewarder(f"{file}:score", timeout_s=0.2) as rewarder:
         found = rewarder.score([("q", "a", text) for text in ["ab", *["hang"] * 40]])
         assert found.rewards == [0.2] + 40 * [0.0] and (found.raised, found.hung) == (0, 40)
+
+
+def test_one_that_ends_its_process_is_one_line_and_soon_asked_no_more(file: Path) -> None:
+    with Rewarder(f"{file}:score", timeout_s=5) as rewarder:
+        found = rewarder.score([("q", "a", text) for text in ["ab", *["die"] * 500]])
+    assert found.first_error == "the reward crashed its process (exit 3)"
+    assert found.rewards == [0.2] + 500 * [0.0] and (found.raised, found.hung) == (500, 0)
+
+
+def test_what_is_raised_is_told_with_its_line_on_one(tmp_path: Path) -> None:
+    bad = tmp_path / "bad.py"
+    bad.write_text(
+        "import json\ndef deep(text): return json.loads(text)\n"
+        "def f(question, answer, text):\n"
+        "    if text == 'two': raise ValueError('this\\n  and that')\n"
+        "    return deep(text)\n"
+    )
+    with Rewarder(f"{bad}:f", timeout_s=5) as rewarder:
+        told = [rewarder.score([("q", "a", text)]).first_error for text in ("two", "{", "0")]
+    assert told[0] == "the reward raised ValueError: this and that (bad.py:4)"
+    assert told[1].startswith("the reward raised JSONDecodeError: ")
+    assert told[1].endswith(" (bad.py:2)") and not told[2]
+    bad.write_text("a = 1\nb = a / 0\n")
+    with pytest.raises(DataError, match=r"imported: ZeroDivisionError: .* \(bad\.py:2\); mend"):
+        Rewarder(f"{bad}:f", timeout_s=5)
+
+
+def test_an_import_that_ends_its_process_is_one_line(tmp_path: Path) -> None:
+    bad = tmp_path / "bad.py"
+    for code, rule in (
+        ("os._exit(5)", r"crashed its process \(exit 5\)"),
+        ("os.kill(os.getpid(), 9)", "was killed, most likely for want of memory"),
+    ):
+        bad.write_text(f"import os\n{code}\n")
+        with pytest.raises(
+            PtmError, match=rf"^grpo\.reward=\S+: its import {rule}; mend the file$"
+        ):
+            Rewarder(f"{bad}:f", timeout_s=5)
 
 
 def test_other_arguments_and_a_file_that_hangs_are_one_line(file, tmp_path, monkeypatch) -> None:
@@ -119,7 +157,7 @@ def test_other_arguments_and_a_file_that_hangs_are_one_line(file, tmp_path, monk
     slow.write_text("import time\ntime.sleep(60)\ndef f(question, answer, text): return 0\n")
     monkeypatch.setattr(rewards, "IMPORT_S", 1.0)
     with pytest.raises(
-        DataError, match=r"^grpo\.reward=.*slow\.py:f: its import took too long \(1 s "
+        DataError, match=r"^grpo\.reward=.*slow\.py:f: its import took too long \(1 s\); mend"
     ):
         Rewarder(f"{slow}:f", timeout_s=5)
 

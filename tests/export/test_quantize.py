@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from ptm.checkpoint.hf import Opened, open_hf
 from ptm.checkpoint.load_model import load_model, module_of, quantized_module_of
@@ -325,6 +326,38 @@ def test_strange_quantization_configs_are_refused(
     text = str(error.value)
     assert re.search(match, text), text
     assert "\n" not in text
+
+
+def test_what_a_config_says_of_zero_points_and_order_is_held_to(
+    opened: Opened, tmp_path: Path
+) -> None:
+    out, _ = run(opened, tmp_path / "asymmetric", method=Method.nearest, symmetric=False)
+    says(out, sym=True)
+    (out / "quantize_config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"^tensor=model\.\S+: .* \(sym=true, and zero"):
+        load_model(out)
+    out, _ = run(opened, tmp_path / "scattered", method=Method.nearest)
+    shard = next(iter(sorted(out.glob("*00002-of-*.safetensors"))))
+    tensors = load_file(shard)
+    tensors |= {name: t.flip(0) for name, t in tensors.items() if name.endswith(".g_idx")}
+    save_file(tensors, shard)
+    with pytest.raises(CheckpointError, match=r"\(desc_act=false, and g_idx scatters"):
+        load_model(out)
+    says(out, desc_act=True)
+    with pytest.raises(CheckpointError, match="^quantize_config.json: desc_act=false: quant"):
+        load_model(out)
+    (out / "quantize_config.json").unlink()
+    load_model(out)
+    says(out, desc_act="no")
+    with pytest.raises(CheckpointError, match="desc_act=no: must be true or false"):
+        load_model(out)
+
+
+def says(export: Path, **changes: object) -> None:
+    """Change what its config.json says of the quantization."""
+    config = json.loads((export / "config.json").read_text())
+    config["quantization_config"].update(changes)
+    (export / "config.json").write_text(json.dumps(config))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from ptm.common.errors import RecipeError
 from ptm.model.generate import pick, recorded_routes
 from tests.support.compare import distance
 from tests.support.tiny import Batch, documents, packed, tiny_model
@@ -175,3 +176,23 @@ def test_log_probs_of_the_update_are_those_of_the_rollout_under_its_routes(route
     assert (
         all(g is not None and torch.isfinite(g).all() for g in grads) and grads[0].abs().sum() > 0
     )
+
+
+@pytest.mark.parametrize("wrong", [96, -1])
+def test_tokens_that_the_model_does_not_have_are_one_line(wrong: int) -> None:
+    model, ids = tiny_model(), prompt(B=2, L=5)
+    ids[1, 3] = wrong
+    rule = f"^input_ids={wrong}: must be at least 0 and at most 95, the model's last token; use "
+    for ask in (model, lambda ids: model.generate(ids, 2), lambda ids: model.stream(ids, 2)):
+        with pytest.raises(RecipeError, match=rule):
+            ask(ids)
+
+
+def test_more_tokens_than_positions_are_warned_of_once_and_before_the_first(caplog) -> None:
+    model, ids = tiny_model(max_position_embeddings=8), prompt(B=1, L=5)
+    model.generate(ids, 4)
+    assert not caplog.records
+    steps = model.stream(ids, 6)
+    rule = "behind a prompt of 5 tokens they may pass max_position_embeddings=8, the longest "
+    assert [r.getMessage()[:92] for r in caplog.records] == [f"max_new_tokens=6: {rule}"[:92]]
+    assert len(list(steps)) == 6 and len(caplog.records) == 1

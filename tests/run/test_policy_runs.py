@@ -162,6 +162,7 @@ def test_a_reward_that_raises_is_told_once_and_one_that_always_does_ends_the_run
     reward = tmp_path / "bad.py"
     reward.write_text(
         f"count = 0\ndef bad(question, answer, text):\n    global count\n    count += 1\n"
+        f"    print('asked')\n"
         f"    if {is_always} or count % 2: raise ValueError('boom')\n    return 0\n"
     )
     changes = {"grpo.reward": f"{reward}:bad", "grpo.group_size": 4, "grpo.eval_prompts": 4}
@@ -171,9 +172,11 @@ def test_a_reward_that_raises_is_told_once_and_one_that_always_does_ends_the_run
     assert len(told) == 1 and "ValueError: boom" in told[0]
     if is_always:
         assert done.returncode == 4 and re.search(
-            r"^grpo.reward=.*: failed for all \d+ answers of step 1 \(.*: boom\); mend it, and",
+            r"^grpo.reward=.*: failed for all \d+ answers of step 1 \(.*: boom \(bad.py:6\)\); "
+            rf"mend it \(it printed to {tmp_path}/run/reward.log\), and",
             done.stderr.splitlines()[-1],
         )
+        assert "asked" in (tmp_path / "run" / "reward.log").read_text()
         return
     finish(done)
     steps = [row for row in done.stdout.splitlines() if row.startswith("step ")]

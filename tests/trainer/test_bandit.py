@@ -89,6 +89,8 @@ def test_two_ranks_draw_what_one_draws():
 class Failing:
     """Raises for this rank's answers, or for all of them but the first."""
 
+    log = None
+
     def __init__(self, error: str, spared: int = 0) -> None:
         self.error, self.spared = error, spared
 
