@@ -14,8 +14,9 @@ as it is posed on the circle, its solution fits every step alike.
    that has been free longest, so that it may start as early as memory allows, or just before its
    use where it reads nothing. A page that comes back before its frame was taken needs no fetch.
 
-Pages of scratch (gradient sums) hold nothing from their last use in a step to their first in the
-next: they are never kept over its end, leave unwritten, and come back as zeros instead of read.
+Pages of scratch (gradient sums) hold nothing from an update to the next backward, which lies over
+the end of the step or within it, by when updates run. For that long they are never kept, leave
+unwritten, and come back as zeros instead of read.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import NamedTuple
 
 from ptm.engine.config import PolicyKind
 from ptm.engine.eviction import Lru, NextUse
+from ptm.engine.follow import is_update
 from ptm.engine.trace import Trace
 
 
@@ -53,6 +55,30 @@ class Flush(NamedTuple):
     needed_at: int
 
 
+def dead_gaps(trace: Trace, scratch: Container[int]) -> set[int]:
+    """Accesses after which a page of scratch holds nothing until its next use: updates after which
+    no unit's sums are left; the last one in a step without updates."""
+    found = set[int]()
+    for page, used in trace.positions.items():
+        if page not in scratch:
+            continue
+        uses = [trace.accesses[position].what for position in used]
+        if not any(map(is_update, uses)):
+            found.add(used[-1])
+            continue
+        left = {unit for what in uses for unit in [what.partition(" ")[2]] if not is_update(what)}
+        ends = set[int]()
+        for _ in range(2):  # what the step before has left is known in the second round
+            ends.clear()
+            for here, what, then in zip(used, uses, [*uses[1:], uses[0]]):
+                unit = what.partition(" ")[2]
+                (left.discard if is_update(what) else left.add)(unit)
+                if is_update(what) and not left and not is_update(then):
+                    ends.add(here)
+        found |= ends
+    return found
+
+
 def kept_gaps(
     trace: Trace,
     *,
@@ -66,7 +92,8 @@ def kept_gaps(
     The latest `num_held` accesses may be in hand at once and are never sent away.
     """
     count, following = trace.num_positions, trace.following
-    hands = _Hands(capacity, num_held, scratch)
+    dead = dead_gaps(trace, scratch)
+    hands = _Hands(capacity, num_held, dead)
     lru = _Pass(trace, Lru(), hands)
     # After one step the frames hold the pages used last; from then on every step is alike.
     lru.run()
@@ -78,14 +105,13 @@ def kept_gaps(
             endless.run()
         hits = max((_belady(trace, p.frames, hands) for p in (endless, lru)), key=sum)
     return [
-        hits[there % count]
-        and (there < count or there - here < num_held or trace.accesses[here].page not in scratch)
+        hits[there % count] and (here not in dead or there - here < num_held)
         for here, there in enumerate(following)
     ]
 
 
 def _belady(trace: Trace, frames: set[int], hands: _Hands) -> list[bool]:
-    carried = {page for page in frames if page not in hands.scratch}
+    carried = {page for page in frames if trace.positions[page][-1] not in hands.dead}
     while True:
         walk = _Pass(trace, NextUse(), hands)
         walk.follow(_Carried(trace, carried), carried)
@@ -99,7 +125,7 @@ def _belady(trace: Trace, frames: set[int], hands: _Hands) -> list[bool]:
 class _Hands(NamedTuple):
     capacity: int
     num_held: int
-    scratch: Container[int]
+    dead: set[int]
 
 
 class _Carried(NamedTuple):
@@ -122,10 +148,10 @@ class _Pass:
 
     def __init__(self, trace: Trace, policy: Lru | NextUse, hands: _Hands) -> None:
         self.trace, self.policy, self.capacity = trace, policy, hands.capacity
-        self.scratch = hands.scratch
+        self.dead = hands.dead
         self.frames: set[int] = set()
         self.over: dict[int, None] = {}
-        "Pages of scratch in frames after their last use of the step."
+        "Pages of scratch in frames that hold nothing."
         self.in_hand: deque[int] = deque(maxlen=hands.num_held - 1)
 
     def follow(self, uses: Trace | _Carried, carried: Iterable[int]) -> None:
@@ -141,7 +167,7 @@ class _Pass:
 
     def run(self) -> list[bool]:
         """One step: whether each access found its page."""
-        hits, following = [], self.trace.following
+        hits = []
         for position, access in enumerate(self.trace.accesses):
             page = access.page
             hits.append(page in self.frames)
@@ -149,7 +175,7 @@ class _Pass:
                 self._make_room(position)
                 self.frames.add(page)
             self.over.pop(page, None)
-            if following[position] >= len(following) and page in self.scratch:
+            if position in self.dead:
                 self.over[page] = None
             self.policy.touched(page, position)
             self.in_hand.append(page)
@@ -196,8 +222,9 @@ def pair(
     taker = [index - (freed - len(gaps) - waiting) for index in range(len(gaps))]
     _rescue(taker, wanted)
     dropped = {gap for gap, take, want in zip(gaps, taker, wanted) if take != want}
-    dirty, flushes = _dirty(trace, dropped, scratch, commits)
-    zeros = {trace.positions[page][0] for page in trace.positions if page in scratch}
+    dead = dead_gaps(trace, scratch)
+    dirty, flushes = _dirty(trace, dropped, scratch, dead, commits)
+    zeros = {trace.following[position] % count for position in dead}
     return _moves(trace, gaps, taker, wanted, hold, dirty, zeros), flushes
 
 
@@ -287,7 +314,7 @@ def _zeros_late(moves: dict[int, Move], before: dict[int, int], size: int, count
 
 
 def _dirty(
-    trace: Trace, dropped: set[int], scratch: Container[int], commits: bool
+    trace: Trace, dropped: set[int], scratch: Container[int], dead: set[int], commits: bool
 ) -> tuple[set[int], list[Flush]]:
     """Dropped gaps whose page was changed since it was fetched or written for the commit; and what
     is written for that."""
@@ -295,16 +322,16 @@ def _dirty(
     for page, used in trace.positions.items():
         ends = [index for index, position in enumerate(used) if position in dropped]
         begin = ends[-1] + 1 if ends else 0
-        is_dirty, is_scratch = False, page in scratch
+        is_dirty = False
         writes = [position for position in used if trace.accesses[position].is_write]
-        last = writes[-1] if commits and writes and not is_scratch else None
+        last = writes[-1] if commits and writes and page not in scratch else None
         if last is not None:
             ahead = [p + (0 if p > last else count) for p in {*writes, *(dropped & set(used))}]
             flushes.append(Flush(page, last, last if last in dropped else min(ahead)))
         for index in [*range(begin, len(used)), *range(begin)]:
             position = used[index]
             is_dirty = is_dirty or trace.accesses[position].is_write
-            if position == last or (is_scratch and index + 1 == len(used)):
+            if position == last or position in dead:
                 is_dirty = False
             if position in dropped:
                 found.update([position] if is_dirty else [])

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from ptm.common.errors import OutOfPages
 from ptm.engine.config import PolicyKind
 from ptm.engine.eviction import NextUse
+from ptm.engine.residency import dead_gaps
 from ptm.engine.schedule import Schedule, make_schedule, needs_replan
 from ptm.engine.trace import Access, Trace, UnitWork, step_phases, synthetic_trace
 
@@ -196,6 +197,24 @@ def test_zeros_take_their_frame_just_before_their_use() -> None:
         fetched = [m.at - move.at for m in schedule.moves if m.page == move.evicts]
         again = min((ahead % count for ahead in fetched), default=count)
         assert move in late or move.is_dirty or again <= move.needed_at - move.at
+
+
+@pytest.mark.parametrize(
+    "uses, ends",
+    [  # updates in the backward, after it, before the next forward, and a step late
+        (["backward b", "update b", "backward a", "update a"], [1, 3]),
+        (["backward b", "backward a", "update a", "update b"], [3]),
+        (["update a", "update b", "backward b", "backward a"], [1]),
+        (["update b", "backward b", "update a", "backward a"], []),
+        (["update a", "backward a"], [0]),
+        (["backward a", "update a", "update a"], [2]),
+        (["backward b", "backward a"], [1]),
+    ],
+)
+def test_sums_are_over_once_all_units_of_a_page_are_updated(uses: list[str], ends: list[int]):
+    trace = synthetic_trace([(what, [0], True, 0.1) for what in uses])
+    assert dead_gaps(trace, range(1)) == set(ends)
+    assert dead_gaps(trace, ()) == set()
 
 
 def test_next_use_that_follows_a_schedule_fetches_no_more() -> None:
