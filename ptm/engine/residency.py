@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 from ptm.engine.config import PolicyKind
 from ptm.engine.eviction import Lru, NextUse
-from ptm.engine.follow import is_update
+from ptm.engine.scratch import dead_gaps, sums_of_guess, with_end
 from ptm.engine.trace import Trace
 
 
@@ -55,28 +55,59 @@ class Flush(NamedTuple):
     needed_at: int
 
 
-def dead_gaps(trace: Trace, scratch: Container[int]) -> set[int]:
-    """Accesses after which a page of scratch holds nothing until its next use: updates after which
-    no unit's sums are left; the last one in a step without updates."""
-    found = set[int]()
-    for page, used in trace.positions.items():
-        if page not in scratch:
+def moves_of(
+    trace: Trace,
+    *,
+    policy: PolicyKind,
+    num_frames: int,
+    num_spare: int,
+    num_held: int,
+    scratch: Container[int],
+    commits: bool,
+) -> tuple[list[Move], list[Flush], list[int]]:
+    """`kept_gaps` with what is not spare, then `pair`; and the pages whose sums stay to the end."""
+
+    capacity, hold = num_frames - num_spare, num_held - 1
+    sums = sums_of_guess(trace, scratch) if commits else []
+    for held in (sums, []) if sums else ([],):
+        planned = with_end(trace, held)
+        kept = kept_gaps(
+            planned, policy=policy, capacity=capacity, num_held=num_held, scratch=scratch
+        )
+        if not all(kept[trace.positions[page][-1]] for page in held):
             continue
-        uses = [trace.accesses[position].what for position in used]
-        if not any(map(is_update, uses)):
-            found.add(used[-1])
-            continue
-        left = {unit for what in uses for unit in [what.partition(" ")[2]] if not is_update(what)}
-        ends = set[int]()
-        for _ in range(2):  # what the step before has left is known in the second round
-            ends.clear()
-            for here, what, then in zip(used, uses, [*uses[1:], uses[0]]):
-                unit = what.partition(" ")[2]
-                (left.discard if is_update(what) else left.add)(unit)
-                if is_update(what) and not left and not is_update(then):
-                    ends.add(here)
-        found |= ends
-    return found
+        moves, flushes = pair(
+            planned,
+            kept,
+            num_frames=num_frames,
+            num_held=num_held,
+            scratch=scratch,
+            commits=commits,
+        )
+        if (found := _without_end(moves, trace, len(held), hold)) is not None:
+            return found, [_flush_without(flush, trace, len(held)) for flush in flushes], held
+    raise AssertionError("a plan without sums to the end always stands")
+
+
+def _without_end(moves: list[Move], trace: Trace, more: int, hold: int) -> list[Move] | None:
+    """Positions of the trace for those of one that is longer by `more` uses at the end: what comes
+    after these comes in the next step. None where that is too late for its need."""
+    count, found = trace.num_positions, []
+    for move in moves:
+        at, needed = move.at, move.needed_at
+        needed -= more if needed >= count else 0
+        last = move.last_use if move.last_use < count else trace.positions[move.evicts][-1]
+        if at >= count:  # what was in hand at the end still is
+            at, needed = max(0, last + hold - count), needed - count
+            if needed <= at:
+                return None
+        found.append(move._replace(at=at, needed_at=needed, last_use=last))
+    return sorted(found, key=lambda move: (move.at, move.needed_at - move.at))
+
+
+def _flush_without(flush: Flush, trace: Trace, more: int) -> Flush:
+    is_next = flush.needed_at >= trace.num_positions
+    return flush._replace(needed_at=flush.needed_at - (more if is_next else 0))
 
 
 def kept_gaps(

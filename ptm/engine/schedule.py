@@ -33,7 +33,7 @@ from typing import NamedTuple
 from ptm.common.errors import OutOfPages, line
 from ptm.common.units import format_bytes
 from ptm.engine.config import PolicyKind
-from ptm.engine.residency import Flush, Move, kept_gaps, pair
+from ptm.engine.residency import Flush, Move, moves_of
 from ptm.engine.timeline import Timeline, simulate
 from ptm.engine.trace import Trace
 
@@ -76,6 +76,8 @@ class Schedule:
     page_bytes: int
     policy: PolicyKind
     num_spare: int
+    held: frozenset[int]
+    "Pages that stay to the end of the step, after their last use in it."
     moves: tuple[Move, ...]
     flushes: tuple[Flush, ...]
     timeline: Timeline
@@ -123,6 +125,8 @@ class Schedule:
         """As Trace.next_use, but a page that is fetched for that use comes a step later: sending
         it away costs nothing. NextUse that follows this agrees with the orders."""
         use = self.trace.next_use(page, position)
+        if page in self.held and use >= self.num_positions:
+            return self.num_positions
         return use + (self.num_positions if use % self.num_positions in self._fetched else 0)
 
     @cached_property
@@ -212,9 +216,9 @@ def make_schedule(
 
     `num_held`: so many of the latest accesses may be in hand at once (an update holds an optimizer
     page with up to two pages of weights and two of gradients). `num_spare`: frames kept back for
-    reading ahead; None tries several. `scratch`: pages that hold nothing from their last use in a
-    step to the first in the next (the store discards them). `commits`: a commit follows every step
-    and writes what is dirty then, in the background.
+    reading ahead; None tries several. `scratch`: pages of gradient sums, which hold nothing between
+    an update and the next backward (ptm/engine/scratch.py; the store discards them). `commits`: a
+    commit follows every step and writes what is dirty then, in the background.
     Raises OutOfPages when not even the pages in hand fit.
     """
     if num_frames < 1:
@@ -228,11 +232,14 @@ def make_schedule(
         spares = {min(most, num_spare or 0)}
     found = []
     for spare in sorted(spares):
-        kept = kept_gaps(
-            trace, policy=policy, capacity=num_frames - spare, num_held=held, scratch=scratch
-        )
-        moves, flushes = pair(
-            trace, kept, num_frames=num_frames, num_held=held, scratch=scratch, commits=commits
+        moves, flushes, kept = moves_of(
+            trace,
+            policy=policy,
+            num_frames=num_frames,
+            num_spare=spare,
+            num_held=held,
+            scratch=scratch,
+            commits=commits,
         )
         timeline = simulate(
             trace,
@@ -243,7 +250,15 @@ def make_schedule(
         )
         found.append(
             Schedule(
-                trace, num_frames, page_bytes, policy, spare, tuple(moves), tuple(flushes), timeline
+                trace,
+                num_frames,
+                page_bytes,
+                policy,
+                spare,
+                frozenset(kept),
+                tuple(moves),
+                tuple(flushes),
+                timeline,
             )
         )
     best_s = min(schedule.step_s for schedule in found)

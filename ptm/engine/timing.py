@@ -128,6 +128,9 @@ class Exact:
         if guess is not None:
             if guess == decision:
                 self._used = set(self.updater.names)
+                for unit in self.updater.names:
+                    if not self.updater.is_running(unit):
+                        self._forget(self._used, unit)
                 return
             self.updater.drain()
             assert self.undo is not None

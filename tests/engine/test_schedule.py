@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from ptm.common.errors import OutOfPages
 from ptm.engine.config import PolicyKind
 from ptm.engine.eviction import NextUse
-from ptm.engine.residency import dead_gaps
 from ptm.engine.schedule import Schedule, make_schedule, needs_replan
+from ptm.engine.scratch import dead_gaps
 from ptm.engine.trace import Access, Trace, UnitWork, step_phases, synthetic_trace
 
 PAGE = 4 << 20
@@ -215,6 +215,51 @@ def test_sums_are_over_once_all_units_of_a_page_are_updated(uses: list[str], end
     trace = synthetic_trace([(what, [0], True, 0.1) for what in uses])
     assert dead_gaps(trace, range(1)) == set(ends)
     assert dead_gaps(trace, ()) == set()
+
+
+def guessed(num_units: int) -> tuple[Trace, range]:
+    """Forward, then each unit's update in the backward: two pages of states and one of sums."""
+    phases = [(f"forward {u}", [u], False, 1.0) for u in range(num_units)]
+    sums = range(3 * num_units, 4 * num_units)
+    for unit in reversed(range(num_units)):
+        states = [num_units + 2 * unit, num_units + 2 * unit + 1]
+        phases.append((f"backward {unit}", [unit], False, 2.0))
+        phases.append((f"backward {unit}", [sums[unit]], True, 0.0))
+        phases += [(f"update {unit}", [s, unit, sums[unit]], True, 0.1) for s in states]
+    return synthetic_trace(phases), sums
+
+
+@pytest.mark.parametrize("num_frames, stay", [(26, True), (12, False)])
+def test_sums_of_a_guess_stay_to_the_end_where_they_fit(num_frames: int, stay: bool) -> None:
+    trace, sums = guessed(8)
+    schedule = schedule_of(trace, num_frames, scratch=sums, commits=True)
+    last_use = {page: trace.positions[page][-1] for page in sums}
+    early = [m for m in schedule.moves if m.evicts in sums and m.at >= last_use[m.evicts]]
+    assert schedule.held == (set(sums) if stay else set())
+    assert bool(early) != stay  # none leaves between its update and the end of the step
+    count = trace.num_positions
+    for page in sums:
+        ahead = count if stay else count + trace.positions[page][0]
+        assert schedule.next_use(page, last_use[page]) in {ahead, ahead + count}
+    assert obey(schedule, 5, scratch=sums, commits=True)[0] == schedule.read_bytes
+
+
+@pytest.mark.parametrize("num_frames", range(6, 34))
+def test_every_access_of_a_guess_finds_its_page(num_frames: int) -> None:
+    for units, spare in ((8, None), (8, 3), (3, 1), (1, 0)):
+        trace, sums = guessed(units)
+        most = min(num_frames, len(trace.positions))
+        schedule = schedule_of(trace, most, scratch=sums, commits=True, num_spare=spare)
+        assert obey(schedule, 5, scratch=sums, commits=True)[0] == schedule.read_bytes
+
+
+def test_sums_stay_for_a_guess_alone() -> None:
+    trace, sums = guessed(8)
+    assert schedule_of(trace, 26, scratch=sums).held == set()
+    late = [a for a in trace.accesses if a.what.startswith("update")]
+    after = [a for a in trace.accesses if not a.what.startswith("update")] + late
+    others = synthetic_trace([(a.what, [a.page], a.is_write, 0.1) for a in after])
+    assert schedule_of(others, 26, scratch=sums, commits=True).held == set()
 
 
 def test_next_use_that_follows_a_schedule_fetches_no_more() -> None:

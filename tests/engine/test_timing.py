@@ -160,6 +160,10 @@ class _Told:
 
     def __init__(self) -> None:
         self.told: list[str] = []
+        self.running = set(self.names)
+
+    def is_running(self, unit: str) -> bool:
+        return unit in self.running
 
     def wait(self, unit: str) -> None: ...
 
@@ -192,3 +196,17 @@ def test_sums_of_a_right_guess_are_forgotten_once(commits: bool, next_use: str) 
         getattr(timing, next_use)(unit)
     assert updater.told[-2:] == ["forget a", "forget b"]
     assert len(updater.told) == 4 + commits
+
+
+def test_sums_that_a_right_guess_has_used_are_forgotten_at_once() -> None:
+    updater = _Told()
+    timing = Exact(updater, lambda: None)  # type: ignore[arg-type]
+    decision = Decision(1.0, 1e-3, 1, 8.0)
+    timing.guess(decision)
+    timing.landed("b")
+    updater.running.discard("b")
+    timing.landed("a")
+    timing.decided(decision)
+    assert updater.told == ["update b", "update a", "forget b"]
+    timing.then(lambda: None)
+    assert updater.told[3:] == ["forget a"]
