@@ -50,12 +50,12 @@ def test_soft_tokens_open_beside_their_base_and_nothing_takes_them_up(tmp_path: 
     ids = torch.cat([torch.tensor(2 * [opened.soft_ids]), IDS], dim=1)
     assert torch.equal(opened(ids), model(ids))
     assert torch.equal(opened(IDS), load_model(base)(IDS))
-    for use in (
-        lambda: base_of(soft),
-        lambda: export(ExportConfig(run=str(soft))),
-        lambda: convert(ConvertConfig(source=str(soft), out=str(tmp_path / "out"))),
+    for key, use in (
+        ("folder", lambda: base_of(soft)),
+        ("run", lambda: export(ExportConfig(run=str(soft)))),
+        ("source", lambda: convert(ConvertConfig(source=str(soft), out=str(tmp_path / "out")))),
     ):
-        with pytest.raises(CheckpointError, match="folder=.*3 soft tokens.*no weight can take"):
+        with pytest.raises(CheckpointError, match=f"^{key}=.*3 soft tokens.*no weight can take"):
             use()
     assert not (tmp_path / "out").exists()
 
