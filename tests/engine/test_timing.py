@@ -1,15 +1,19 @@
 """When updates run: a guess that was wrong leaves no trace, late weights are late by one step."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from ptm.engine.config import EngineConfig, UpdateKind
+from ptm.engine.layout import PageMap
 from ptm.engine.timing import Decision, Exact
 from tests.support.mesh import mesh_of_test
-from tests.support.paged import make_engine, run_steps, whole_state
+from tests.support.paged import MODEL, make_engine, run_steps, whole_state
 from tests.support.ranks import run_ranks
+
+WIDE = replace(MODEL, moe_intermediate_size=512, num_experts=8, num_hidden_layers=4)
 
 
 def _run(rank, world, keys, clips, steps, first=0):
@@ -210,3 +214,30 @@ def test_sums_that_a_right_guess_has_used_are_forgotten_at_once() -> None:
     assert updater.told == ["update b", "update a", "forget b"]
     timing.then(lambda: None)
     assert updater.told[3:] == ["forget a"]
+
+
+def _wide(rank: int, world: int, folder: str, budget: str) -> tuple[float, int, PageMap]:
+    """Pages written in a step whose guess is right, and how many of sums its schedule holds."""
+    mesh, steps = mesh_of_test(rank, world), 8
+    config = EngineConfig(page_mib=1, ssd_path=folder, cpu_bytes=budget)
+    engine = make_engine(mesh, zero=3, config=config, clip=100.0, model=WIDE)
+    run_steps(engine, mesh, range(8))
+    engine.drain()
+    engine.store.wait_commit()
+    before = engine.report()["pages_writes"]
+    run_steps(engine, mesh, range(8, 8 + steps))
+    engine.drain()
+    engine.store.wait_commit()
+    assert engine.report()["updates_guessed"] > steps
+    assert engine.tiers.paging is not None and engine.tiers.paging.schedule is not None
+    held, pages = len(engine.tiers.paging.schedule.held), engine.pages
+    writes = (engine.report()["pages_writes"] - before) / steps
+    engine.close()
+    return writes, held, pages
+
+
+def test_of_a_guess_only_what_is_durable_is_written(tmp_path):
+    """Its sums are not, where memory has room for them."""
+    ((writes, held, pages),) = run_ranks(1, _wide, str(tmp_path), "30MiB")
+    assert held == pages.grads.num_pages
+    assert pages.states.stop <= writes < pages.states.stop + 3  # 23 of 20 where sums are written
