@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import sys
 import tempfile
 from contextlib import AbstractContextManager
@@ -69,6 +70,8 @@ from ptm.recipe import Recipe, difference, load_recipe
 from ptm.report.html import write_report
 from ptm.serve.generator import Sampling, stream_text
 from ptm.trainer.config import BY_TOKEN
+
+logger = logging.getLogger(__name__)
 
 
 class TextJob(Protocol):
@@ -271,7 +274,11 @@ def held_out_text(
     is_whole = job.source is not None
     if job.source is not None:
         data = dataclasses.replace(data, source=(job.source,), weights=(), tokenizer=str(tokenizer))
-    seq_len = seq_len or min(4096, model.config.max_position_embeddings)
+    longest = model.config.max_position_embeddings
+    seq_len = seq_len or min(4096, longest)
+    if seq_len > longest and env.ranks().rank == 0:
+        rule = f"passes max_position_embeddings={longest}, the longest that the model was made for"
+        logger.warning(line("seq_len", seq_len, rule, "lower it, or expect a worse loss"))
     with text_as_typed(job):
         corpus = open_corpus(
             data,
@@ -285,10 +292,9 @@ def held_out_text(
 
 
 def text_as_typed(job: TextJob) -> AbstractContextManager[None]:
-    """Errors of the text inside name the job's keys where it gave them, else the run's."""
-    given = {"data.source": job.source, "train.seq_len": job.seq_len}
-    keys = {"data.source": "source", "train.seq_len": "seq_len"}
-    return as_typed({key: name for key, name in keys.items() if given[key] is not None})
+    """Errors of the text inside name the job's keys, but for a source that is the run's."""
+    source = {} if job.source is None else {"data.source": "source"}
+    return as_typed({"train.seq_len": "seq_len", **source})
 
 
 def report(job: ReportJob) -> None:

@@ -37,9 +37,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     Raises CheckpointError when `out` is there already with something in it.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(
-            line("out", out, "is there already", "name a new folder, or remove it")
-        )
+        raise CheckpointError(line("out", out, "is there already", "name a new folder"))
     folder = beside(out, "tmp")
     with disk_errors(out, is_out=True):
         try:

@@ -18,7 +18,8 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,14 +69,15 @@ class Child:
         with contextlib.suppress(BrokenPipeError):  # its death is told below
             self.process.stdin.write(_line({"time_s": time_s, "request": request}))
             self.process.stdin.flush()
-        for text in self.process.stdout:
-            reply = json.loads(text)
-            if "report" in reply:
-                report(reply["report"])
-            elif "error" in reply:
-                raise ERRORS.get(reply["error"], PtmError)(reply["message"])
-            else:
-                return reply["result"]
+        with _going_on(self.process.pid) if time_s else contextlib.nullcontext():
+            for text in self.process.stdout:
+                reply = json.loads(text)
+                if "report" in reply:
+                    report(reply["report"])
+                elif "error" in reply:
+                    raise ERRORS.get(reply["error"], PtmError)(reply["message"])
+                else:
+                    return reply["result"]
         code = self._end()
         if code == -signal.SIGKILL:
             rule = "a worker process was killed, most likely for want of memory"
@@ -106,6 +108,25 @@ class Child:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+@contextlib.contextmanager
+def _going_on(pid: int) -> Iterator[None]:
+    """A process that stops itself hears no alarm: inside, it is told to go on each second."""
+    is_over = threading.Event()
+
+    def tell() -> None:
+        while not is_over.wait(1.0):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGCONT)
+
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
 
 
 def serve(module: str, memory_bytes: int) -> None:

@@ -172,8 +172,9 @@ def handle(request: dict[str, Any], report: Callable[[Any], None]) -> None:
 
 def _raised(error: Exception, name: str) -> str:
     """On one line, with the line of the reward's file that it came through last."""
-    path = name.rpartition(":")[0]
-    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
+    path = Path(name.rpartition(":")[0]).resolve()
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == path]
     text = " ".join(f"{type(error).__name__}: {error}".split())
     return f"{text} ({Path(path).name}:{lines[-1]})" if lines else text
 

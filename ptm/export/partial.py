@@ -50,8 +50,7 @@ def folder_of(out: Path) -> Path:
 
 def refuse_taken(out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        rule = "is there already"
-        raise CheckpointError(line("out", out, rule, "name a new folder, or remove it"))
+        raise CheckpointError(line("out", out, "is there already", "name a new folder"))
 
 
 class Partial:

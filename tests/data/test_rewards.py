@@ -21,6 +21,7 @@ def score(question, answer, text):
     if text == "nan": return float("nan")
     if text == "text": return "much"
     if text == "die": os._exit(3)
+    if text == "stop": os.kill(os.getpid(), 19)  # SIGSTOP
     if text == "dial": socket.create_connection(("127.0.0.1", int(answer)), timeout=1)
     if text == "print": print("{}")
     if text == "huge": return 1e308
@@ -58,6 +59,14 @@ def test_a_failure_costs_its_row_and_is_counted(file):
         assert found.rewards == [0.3, 0, 0, 0.2, 0, 0, 0, 0, 0.5, 0.4]
         assert (found.raised, found.hung) == (4, 2) and "ValueError: no" in found.first_error
         assert rewarder.score([("q", "a", "a")]).rewards == [0.1]
+
+
+def test_one_that_stops_its_process_is_late_or_goes_on(file: Path) -> None:
+    rows = [("q", "a", "stop"), ("q", "a", "ab")]
+    with Rewarder(f"{file}:score", timeout_s=0.3) as rewarder:  # its alarm is heard when it goes on
+        assert rewarder.score(rows) == ([0.0, 0.2], 0, 1, "the reward took longer than 0.3 s")
+    with Rewarder(f"{file}:score", timeout_s=20) as rewarder:
+        assert rewarder.score(rows) == ([0.4, 0.2], 0, 0, "")
 
 
 def test_asked_to_stop_it_scores_no_further_answer(file: Path) -> None:
@@ -119,7 +128,7 @@ def test_one_that_ends_its_process_is_one_line_and_soon_asked_no_more(file: Path
     assert found.rewards == [0.2] + 500 * [0.0] and (found.raised, found.hung) == (500, 0)
 
 
-def test_what_is_raised_is_told_with_its_line_on_one(tmp_path: Path) -> None:
+def test_what_is_raised_is_told_with_its_line_on_one(tmp_path: Path, monkeypatch) -> None:
     bad = tmp_path / "bad.py"
     bad.write_text(
         "import json\ndef deep(text): return json.loads(text)\n"
@@ -132,6 +141,10 @@ def test_what_is_raised_is_told_with_its_line_on_one(tmp_path: Path) -> None:
     assert told[0] == "the reward raised ValueError: this and that (bad.py:4)"
     assert told[1].startswith("the reward raised JSONDecodeError: ")
     assert told[1].endswith(" (bad.py:2)") and not told[2]
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with Rewarder("../bad.py:f", timeout_s=5) as rewarder:
+        assert rewarder.score([("q", "a", "two")]).first_error == told[0]
     bad.write_text("a = 1\nb = a / 0\n")
     with pytest.raises(DataError, match=r"imported: ZeroDivisionError: .* \(bad\.py:2\); mend"):
         Rewarder(f"{bad}:f", timeout_s=5)

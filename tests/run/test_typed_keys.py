@@ -36,12 +36,17 @@ def test_a_folder_that_is_no_model(
     assert err.endswith("; name a run, checkpoint or model\n") and err.count("\n") == 1
 
 
-def test_keys_of_the_job_and_of_the_run(capsys: pytest.CaptureFixture[str], base: Path) -> None:
+def test_keys_of_the_job_and_of_the_run(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, base: Path
+) -> None:
     code, err = told(["eval", base, "source=gone"], capsys)
     assert code == 4 and err.startswith("source=gone: does not exist; ")
     code, err = told(["eval", base, "seq_len=1000000"], capsys)
     assert code == 4 and err.splitlines()[-1].startswith("seq_len=1000000: ")
     assert "or set seq_len to" in err and "train.seq_len" not in err
+    assert "seq_len=1000000: passes max_position_embeddings=" in caplog.text
+    caplog.clear()
+    assert told(["eval", base, "rows=2"], capsys)[0] == 0 and "passes" not in caplog.text
     code, err = told(["export", base, "group=32", "source=gone"], capsys)
     assert code == 4 and err.splitlines()[-1].startswith("source=gone: does not exist; ")
     assert not (base / "export").exists() or not list((base / "export").iterdir())
