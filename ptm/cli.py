@@ -12,7 +12,7 @@ answered in well under a second. Every failure ends here, as one line on stderr 
 - anything else is printed by each rank it happens to, at once. Its full trace goes to a file.
 
 A rank tells that it has spoken by a file in the folder that the agent made for this start; one that
-has only lost a peer says nothing more then.
+has only lost a peer says nothing more then, and rank 0 waits a little to learn of it.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def run(words: list[str]) -> int:
         wait_s = SAME_EVERYWHERE_S if is_same else maybe_mine_s
         if isinstance(e, Stopped):
             wait_s = 0.0
-        if isinstance(e, HangError) and _has_another_said_why():
+        if isinstance(e, HangError) and _does_another_say_why():
             return code
         _complain(message, code, wait_s=wait_s, is_same=is_same)
         return code
@@ -316,11 +316,22 @@ def _complain(message: str, code: int, *, wait_s: float = 0.0, is_same: bool = F
             (folder / f"rank-{me.rank}-said-why").touch()
 
 
-def _has_another_said_why() -> bool:
-    """Whether a rank of this start has printed why it left: that others have lost it is no news."""
-    folder = env.folder_of_ranks()
-    mine = f"rank-{env.ranks().rank}-said-why"
-    return folder is not None and any(f.name != mine for f in folder.glob("rank-*-said-why"))
+def _does_another_say_why() -> bool:
+    """Whether a rank of this start has printed why it left: that others have lost it is no news.
+    Rank 0 gives them time for it, as they give it theirs; until the agent ends it."""
+    folder, me = env.folder_of_ranks(), env.ranks()
+    if folder is None:
+        return False
+    ends = time.monotonic() + (0.0 if me.rank else MAYBE_MINE_S + 1.0)
+    is_ended = threading.Event()
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: is_ended.set())
+    mine = f"rank-{me.rank}-said-why"
+    while not (found := any(f.name != mine for f in folder.glob("rank-*-said-why"))):
+        if is_ended.is_set() or time.monotonic() >= ends:
+            break
+        is_ended.wait(0.05)
+    return found
 
 
 def _rank_0_speaks(said: Path | None, wait_s: float, code: int) -> bool:

@@ -31,7 +31,8 @@ TRANSPORTS = ("memory", "gloo")
 
 
 def make_port(rank: int, world: int, timeout_s: float, *, room: int = ROOM_BYTES) -> Port | None:
-    """A port that has not joined; None with PTM_COLLECTIVES=gloo, or without the kernel.
+    """A port that has not joined; None with PTM_COLLECTIVES=gloo, without the kernel, and where
+    the system gives no memory for it.
 
     Raises: RecipeError for another PTM_COLLECTIVES.
     """
@@ -41,7 +42,10 @@ def make_port(rank: int, world: int, timeout_s: float, *, room: int = ROOM_BYTES
         raise RecipeError(line("PTM_COLLECTIVES", transport, rule, "unset it for memory"))
     if transport == "gloo" or not native.has("shm_open") or not hasattr(os, "memfd_create"):
         return None
-    return Port(rank, world, timeout_s, room=room)
+    try:
+        return Port(rank, world, timeout_s, room=room)
+    except OSError:  # no such memory for this process: a limit on files (ulimit -f), a sandbox
+        return None
 
 
 class SharedFile:
@@ -50,7 +54,11 @@ class SharedFile:
     def __init__(self, size: int) -> None:
         self.size = size
         self._fd = os.memfd_create("ptm")
-        os.ftruncate(self._fd, size)
+        try:
+            os.ftruncate(self._fd, size)
+        except OSError:
+            self.close()
+            raise
 
     @property
     def place(self) -> list[int]:

@@ -4,6 +4,7 @@ when one of them is gone."""
 import functools
 import os
 import re
+import resource
 import signal
 import time
 from pathlib import Path
@@ -103,6 +104,17 @@ def _one_cannot(rank: int, world: int) -> None:
 
 def test_where_one_rank_cannot_all_stay_with_gloo():
     run_ranks(2, _one_cannot)
+
+
+def test_without_memory_to_share_there_is_no_port():
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    num_open = len(os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, before[1]))
+    try:
+        assert make_port(0, 2, TIMEOUT_S) is None
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert len(os.listdir("/proc/self/fd")) == num_open
 
 
 def test_another_transport_is_refused(monkeypatch):

@@ -128,7 +128,7 @@ def test_a_write_that_fails_in_the_middle_keeps_the_last_commit(
     resource.prlimit(ranks_of(agent)[1], resource.RLIMIT_FSIZE, (4 << 20, 4 << 20))
     assert agent.wait(timeout=120) == 74, out.read_text(errors="replace")[-3000:]
     said = [line for line in lines(out.read_text(errors="replace")) if "cannot be written" in line]
-    assert len(said) == 1 and "engine.ssd_path=" in said[0], said
+    assert len(said) == 1 and "engine.ssd_path=" in said[0], out.read_text(errors="replace")[-1500:]
     before = last_step(folder)
     done = runs.launch(2, words(folder, tmp_path / "ssd", text), cache)
     assert done.returncode == 0, done.stderr

@@ -117,7 +117,8 @@ def assert_whole(done: subprocess.CompletedProcess[str], copy: Copy, whole: dict
 
 def test_a_flipped_byte_is_named_and_got_over(two: Copy, whole: Any, tmp_path: Path) -> None:
     copy = two.fresh(tmp_path)
-    newest = copy.records(1)[-1]
+    common = {r.step for r in copy.records(0)}  # rank 1 may be a step ahead
+    newest = [r for r in copy.records(1) if r.step in common][-1]
     page = max(p for p in newest.identity.durable if newest.slots[p] != NO_SLOT)
     slot = newest.slots[page]
     offset = newest.identity.offset(page, slot)
@@ -147,6 +148,8 @@ def test_a_damaged_record_falls_back_to_the_one_before(
     flip(path, 40)
     done = copy.start()
     said = [line for line in done.stdout.splitlines() if "torn or damaged" in line]
+    # Where rank 1 is a step ahead they have none in common, which is told with the reason again.
+    said = [line for line in said if "is set aside" not in line]
     assert len(said) == 1 and str(path) in said[0], done.stdout
     found = re.search(r"resuming after step (\d+) from", done.stdout)
     assert found and int(found[1]) in expected, done.stdout
