@@ -158,7 +158,8 @@ def run(words: list[str]) -> int:
         wait_s = SAME_EVERYWHERE_S if is_same else maybe_mine_s
         if isinstance(e, Stopped):
             wait_s = 0.0
-        if isinstance(e, HangError) and _does_another_say_why():
+        late_s = MAYBE_MINE_S + 1.0 if isinstance(e, HangError) else 0.0
+        if isinstance(e, HangError | Stopped) and _does_another_say_why(late_s):
             return code
         _complain(message, code, wait_s=wait_s, is_same=is_same)
         return code
@@ -316,13 +317,14 @@ def _complain(message: str, code: int, *, wait_s: float = 0.0, is_same: bool = F
             (folder / f"rank-{me.rank}-said-why").touch()
 
 
-def _does_another_say_why() -> bool:
-    """Whether a rank of this start has printed why it left: that others have lost it is no news.
-    Rank 0 gives them time for it, as they give it theirs; until the agent ends it."""
+def _does_another_say_why(late_s: float) -> bool:
+    """Whether a rank of this start has printed why it left: that others have lost it, or were ended
+    for it, is no news. Rank 0 gives them `late_s`, as they give it time; less if the agent ends it.
+    """
     folder, me = env.folder_of_ranks(), env.ranks()
     if folder is None:
         return False
-    ends = time.monotonic() + (0.0 if me.rank else MAYBE_MINE_S + 1.0)
+    ends = time.monotonic() + (0.0 if me.rank else late_s)
     is_ended = threading.Event()
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda *_: is_ended.set())

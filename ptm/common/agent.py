@@ -108,14 +108,15 @@ def of_failures(failures: Mapping[int, Any]) -> tuple[int, str]:
 
     first = min(f.timestamp for f in failures.values())
 
-    def rank_order(rank: int) -> tuple[bool, bool, bool, bool, int]:
+    def rank_order(rank: int) -> tuple[bool, bool, bool, bool, bool, int]:
         failure = failures[rank]
         # The agent ends the others with SIGTERM; times are whole seconds, and a rank that is killed
         # or fails makes its peers fail within the next one: with 70, as they have lost it.
         is_ended = failure.exitcode == -signal.SIGTERM
         is_later = failure.timestamp > first + 1
         may_be_lost = failure.exitcode == EXIT_INTERNAL
-        return is_ended, is_later, may_be_lost, failure.exitcode > 0, rank
+        is_stopped = failure.exitcode == Requeue.exit_code  # by the agent's SIGTERM, at its start
+        return is_ended, is_later, may_be_lost, is_stopped, failure.exitcode > 0, rank
 
     rank = min(failures, key=rank_order)
     code = failures[rank].exitcode

@@ -186,6 +186,8 @@ class Failure(NamedTuple):
         ({3: (-11, 5), 2: (-15, 4)}, 139, "rank 3"),
         ({0: (-15, 5), 1: (-15, 5)}, 143, "rank 0"),
         ({0: (75, 5), 1: (75, 5)}, 75, ""),
+        ({0: (75, 5), 1: (4, 5)}, 4, ""),  # rank 0 was ended at its start, as rank 1 had failed
+        ({0: (70, 5), 1: (75, 5)}, 75, ""),
     ],
 )
 def test_the_first_cause_decides(
