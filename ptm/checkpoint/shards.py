@@ -30,14 +30,19 @@ MAX_TENSORS_PER_FILE = 20_000  # keeps any header far below the reader's limit
 OnPiece = Callable[[int, int], None]  # bytes done, bytes in all
 
 
+def refuse_taken(out: Path) -> None:
+    """Raise CheckpointError when `out` is there already with something in it."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(line("out", out, "is there already", "name a new folder"))
+
+
 @contextlib.contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
     """A folder to fill, which becomes `out` in one rename at the end, or is removed on an error.
 
-    Raises CheckpointError when `out` is there already with something in it.
+    Raises as `refuse_taken`.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(line("out", out, "is there already", "name a new folder"))
+    refuse_taken(out)
     folder = beside(out, "tmp")
     with disk_errors(out, is_out=True):
         try:

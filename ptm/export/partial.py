@@ -24,6 +24,7 @@ from torch import Tensor
 from ptm.checkpoint.folders import disk_errors, sync_folder
 from ptm.checkpoint.manifest import write_file
 from ptm.checkpoint.safetensors_file import SafetensorsFile, SafetensorsWriter
+from ptm.checkpoint.shards import refuse_taken
 from ptm.checkpoint.untrusted import read_json
 from ptm.common.errors import CheckpointError, line
 
@@ -46,11 +47,6 @@ def check_place(out: Path) -> None:
 def folder_of(out: Path) -> Path:
     """Where an export to `out` is until it is whole."""
     return out.with_name(f"{out.name}.partial")
-
-
-def refuse_taken(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(line("out", out, "is there already", "name a new folder"))
 
 
 class Partial:
